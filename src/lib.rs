@@ -2,5 +2,7 @@
 #![deny(missing_docs)]
 
 pub mod error;
+#[cfg(feature = "train")]
+pub mod files;
 
 pub use error::{Error, Result};
