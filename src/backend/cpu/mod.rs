@@ -1,0 +1,143 @@
+//! The processor: the backend that is always there.
+//!
+//! One file an operation, named as its shader and its kernel. Work is cut into pieces by shape alone, never by the
+//! number of threads, and partial sums are added in a fixed order, so results are the same bits on one thread and on
+//! a hundred.
+
+mod adamw;
+mod attention;
+mod buffer;
+mod dropout;
+mod elementwise;
+mod embedding;
+mod gelu;
+mod gemm;
+mod l2_norm;
+mod layer_norm;
+mod matmul;
+mod partition;
+mod pooling;
+mod positives;
+mod reduce;
+pub(crate) mod simd;
+mod similarity_sweep;
+
+use std::sync::Arc;
+
+use super::{Backend, Buffer, Tensor, operations};
+use crate::Result;
+use crate::error::DType;
+use buffer::Pool;
+
+/// The processor this program runs on.
+#[derive(Debug, Default)]
+pub struct Cpu {
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// The processor, with a memory pool of its own.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+macro_rules! delegate {
+    ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        $(
+            fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
+                $module::$function(arguments)
+            }
+        )*
+    };
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+
+    fn description(&self) -> String {
+        format!("{} threads, {}", rayon::current_num_threads(), simd::level())
+    }
+
+    fn is_synchronous(&self) -> bool {
+        true
+    }
+
+    fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
+        Ok(Arc::new(Pool::allocate(&self.pool, elements * dtype.size())?))
+    }
+
+    fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {
+        buffer::write::<u8>("upload", "tensor", tensor)?.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
+        bytes.copy_from_slice(buffer::read::<u8>("download", "tensor", tensor)?);
+        Ok(())
+    }
+
+    delegate! {
+        fill(Fill) => elementwise::fill;
+        copy(Copy) => elementwise::copy;
+        add(Add) => elementwise::add;
+        scale(Scale) => elementwise::scale;
+        sum(Sum) => reduce::sum;
+        square_sum(SquareSum) => reduce::square_sum;
+        column_sum(ColumnSum) => reduce::column_sum;
+        matmul(MatMul) => matmul::forward;
+        gelu_backward(GeluBackward) => gelu::backward;
+        dropout(DropoutInPlace) => dropout::forward;
+        layer_norm_forward(LayerNormForward) => layer_norm::forward;
+        layer_norm_backward(LayerNormBackward) => layer_norm::backward;
+        embedding_forward(EmbeddingForward) => embedding::forward;
+        embedding_backward(EmbeddingBackward) => embedding::backward;
+        attention_forward(AttentionForward) => attention::forward;
+        attention_backward(AttentionBackward) => attention::backward;
+        pooling_forward(PoolingForward) => pooling::forward;
+        pooling_backward(PoolingBackward) => pooling::backward;
+        l2_norm_forward(L2NormForward) => l2_norm::forward;
+        l2_norm_backward(L2NormBackward) => l2_norm::backward;
+        positives_forward(PositivesForward) => positives::forward;
+        positives_backward(PositivesBackward) => positives::backward;
+        similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
+        similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
+        partition(Partition) => partition::forward;
+        adamw(AdamW) => adamw::step;
+    }
+}
+
+/// Rows that one task of a row-wise operation works on. Fixed, so that the order of partial sums is.
+const TASK_ROWS: usize = 128;
+
+/// Elements that one task of an elementwise operation works on.
+const TASK_ELEMENTS: usize = 1 << 15;
+
+/// Checks that offsets of a packed batch rise from 0 to `rows`, and returns the bounds of each sequence.
+fn sequences(
+    operation: &'static str,
+    offsets: &[u32],
+    rows: usize,
+) -> Result<impl ExactSizeIterator<Item = std::ops::Range<usize>> + Clone> {
+    let rise = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+    if !rise || offsets.first() != Some(&0) || offsets.last().map(|&end| end as usize) != Some(rows) {
+        return Err(crate::Error::value(operation, "offsets", format!("must rise from 0 to the {rows} rows")));
+    }
+    Ok(offsets.windows(2).map(|pair| pair[0] as usize..pair[1] as usize))
+}
+
+/// Cuts a matrix of rows of some width at the bounds of consecutive sequences.
+fn split_rows(
+    mut data: &mut [f32],
+    width: usize,
+    sequences: impl Iterator<Item = std::ops::Range<usize>>,
+) -> Vec<&mut [f32]> {
+    let cut = |rows: std::ops::Range<usize>| {
+        let (piece, rest) = std::mem::take(&mut data).split_at_mut(rows.len() * width);
+        data = rest;
+        piece
+    };
+    sequences.map(cut).collect()
+}

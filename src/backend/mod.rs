@@ -1,0 +1,335 @@
+//! Devices and what they can compute: the one seam between operations and hardware.
+//!
+//! Every operation is one method of [`Backend`] with one struct of arguments, all in [`operations`]; a backend has one
+//! file for each, of the same name. Backends know nothing of gradients as a graph: a backward pass is just another
+//! operation. Arguments are checked once, in [`Device`], before a backend sees them.
+//!
+//! * [`Device`]: what callers hold. Makes tensors and runs operations.
+//! * [`Tensor`]: data on a device.
+//! * [`cpu`]: the backend that is always there.
+//! * [`philox`]: the random numbers that are the same on every device.
+
+pub mod cpu;
+pub mod operations;
+pub mod philox;
+mod tensor;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Arc, LazyLock};
+
+pub use tensor::{Buffer, Element, Tensor};
+
+use crate::error::{DType, Shape};
+use crate::{Error, Result};
+
+macro_rules! backend {
+    ($($(#[$doc:meta])* $operation:ident($arguments:ident);)*) => {
+        /// What a device has to be able to do.
+        ///
+        /// Operations may run after the call has returned, in the order in which they were asked for; only
+        /// [`download`](Backend::download) waits. An operation that a backend does not override is refused with
+        /// [`Error::Unsupported`], never skipped.
+        pub trait Backend: fmt::Debug + Send + Sync + 'static {
+            /// The device's name as a user writes it, such as `cpu` or `wgpu:0`.
+            fn name(&self) -> String;
+
+            /// What the device is, in words.
+            fn description(&self) -> String;
+
+            /// Whether reading a scalar costs nothing, because operations have run when their call returns.
+            fn is_synchronous(&self) -> bool;
+
+            /// Makes a buffer of so many elements; what is in it is unspecified.
+            ///
+            /// # Errors
+            /// [`Error::OutOfMemory`].
+            fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>>;
+
+            /// Copies bytes from the host to a tensor of the same size.
+            ///
+            /// # Errors
+            /// What the device reports.
+            fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()>;
+
+            /// Copies a tensor to bytes of the same size on the host.
+            ///
+            /// # Errors
+            /// What the device reports.
+            fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()>;
+
+            $(
+                $(#[$doc])*
+                ///
+                /// # Errors
+                /// [`Error::Unsupported`] if the device cannot; else what the device reports.
+                fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
+                    let _ = arguments;
+                    Err(Error::Unsupported { operation: stringify!($operation), device: self.name() })
+                }
+            )*
+        }
+
+        /// The names of all operations.
+        pub const OPERATIONS: &[&str] = &[$(stringify!($operation)),*];
+
+        impl Device {
+            $(
+                $(#[$doc])*
+                ///
+                /// # Errors
+                /// A typed error naming the argument if shapes, element types or devices do not fit together;
+                /// [`Error::Unsupported`] if the device cannot.
+                pub fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
+                    arguments.check(&operations::Checker::new(stringify!($operation), self))?;
+                    self.0.$operation(arguments)
+                }
+            )*
+        }
+    };
+}
+
+backend! {
+    /// `output = value`, everywhere.
+    fill(Fill);
+    /// Copies a run of elements from one tensor into another.
+    copy(Copy);
+    /// `output += input`.
+    add(Add);
+    /// `output *= factor`, the factor a scalar on the device.
+    scale(Scale);
+    /// `output (+)= Σ input`.
+    sum(Sum);
+    /// `output (+)= Σ input²`.
+    square_sum(SquareSum);
+    /// `output[c] += Σ_r input[r, c]`.
+    column_sum(ColumnSum);
+    /// `output = gelu(op(a) · op(b) + bias)`, or `output += op(a) · op(b)`.
+    matmul(MatMul);
+    /// `gradient *= gelu'(input)`, in place.
+    gelu_backward(GeluBackward);
+    /// Zeroes elements at random and scales the others up, in place; the same again is the backward pass.
+    dropout(DropoutInPlace);
+    /// `output = layer_norm(residual + dropout(input))`.
+    layer_norm_forward(LayerNormForward);
+    /// The gradients of [`layer_norm_forward`](Backend::layer_norm_forward).
+    layer_norm_backward(LayerNormBackward);
+    /// `output[t] = word[tokens[t]] + position[positions[t]] + token_type[0]`.
+    embedding_forward(EmbeddingForward);
+    /// Adds each row's gradient to the table rows it was gathered from, in a fixed order.
+    embedding_backward(EmbeddingBackward);
+    /// Softmax attention of each packed sequence over itself.
+    attention_forward(AttentionForward);
+    /// The gradient of [`attention_forward`](Backend::attention_forward), by recomputation.
+    attention_backward(AttentionBackward);
+    /// One vector per packed sequence: the mean of its rows, or its first.
+    pooling_forward(PoolingForward);
+    /// The gradient of [`pooling_forward`](Backend::pooling_forward).
+    pooling_backward(PoolingBackward);
+    /// `output[r] = input[r] / |input[r]|`.
+    l2_norm_forward(L2NormForward);
+    /// The gradient of [`l2_norm_forward`](Backend::l2_norm_forward).
+    l2_norm_backward(L2NormBackward);
+    /// `similarity[i] = queries[i] · documents[i]`.
+    positives_forward(PositivesForward);
+    /// What the positives add to the gradients.
+    positives_backward(PositivesBackward);
+    /// Statistics of the rows and columns of a similarity matrix that is never stored.
+    similarity_sweep_forward(SimilaritySweepForward);
+    /// The gradient of a similarity matrix that is never stored, applied to both its sides.
+    similarity_sweep_backward(SimilaritySweepBackward);
+    /// From the statistics of a partition's blocks to its losses and the coefficients of its gradients.
+    partition(Partition);
+    /// One AdamW step, with the gradient clipped by a norm that is on the device.
+    adamw(AdamW);
+}
+
+/// A device to compute on. Cheap to clone; equal if it is the same device.
+#[derive(Clone)]
+pub struct Device(Arc<dyn Backend>);
+
+impl Device {
+    /// The processor this program runs on.
+    pub fn cpu() -> Self {
+        static CPU: LazyLock<Device> = LazyLock::new(|| Device(Arc::new(cpu::Cpu::new())));
+        CPU.clone()
+    }
+
+    /// A device of one's own.
+    pub fn new(backend: impl Backend) -> Self {
+        Self(Arc::new(backend))
+    }
+
+    /// The devices that are here.
+    pub fn available() -> Vec<Self> {
+        vec![Self::cpu()]
+    }
+
+    /// The device's name as a user writes it, such as `cpu`.
+    pub fn name(&self) -> String {
+        self.0.name()
+    }
+
+    /// What the device is, in words.
+    pub fn description(&self) -> String {
+        self.0.description()
+    }
+
+    /// Whether reading a scalar costs nothing, because operations have run when their call returns.
+    pub fn is_synchronous(&self) -> bool {
+        self.0.is_synchronous()
+    }
+
+    /// Makes a tensor; what is in it is unspecified until it is written.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        let shape = shape.into();
+        let buffer = self.0.allocate(shape.elements(), dtype)?;
+        Ok(Tensor::new(self, shape, dtype, buffer))
+    }
+
+    /// Makes an f32 tensor of zeros.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn zeros(&self, shape: impl Into<Shape>) -> Result<Tensor> {
+        let mut tensor = self.empty(shape, DType::F32)?;
+        self.fill(operations::Fill { output: &mut tensor, value: 0.0 })?;
+        Ok(tensor)
+    }
+
+    /// Copies values from the host into a new tensor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are more or fewer values than the shape has elements; [`Error::OutOfMemory`].
+    pub fn tensor<T: Element>(&self, values: &[T], shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        if values.len() != shape.elements() {
+            return Err(Error::Shape {
+                operation: "tensor",
+                argument: "values",
+                expected: shape,
+                found: [values.len()].into(),
+            });
+        }
+        let mut tensor = self.empty(shape, T::DTYPE)?;
+        self.0.upload(bytemuck::cast_slice(values), &mut tensor)?;
+        Ok(tensor)
+    }
+
+    /// Overwrites a tensor with values from the host.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::ElementType`], [`Error::OtherDevice`] or [`Error::Shared`].
+    pub fn write<T: Element>(&self, tensor: &mut Tensor, values: &[T]) -> Result<()> {
+        operations::Checker::new("write", self).output("tensor", tensor, T::DTYPE, [values.len()])?;
+        self.0.upload(bytemuck::cast_slice(values), tensor)
+    }
+
+    fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
+        self.0.download(tensor, bytes)
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Device {}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
+/// `auto`, or the name of a device.
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let available = Self::available();
+        // `wgpu` alone means `wgpu:0`.
+        let found = available.iter().find(|device| {
+            let here = device.name();
+            name == "auto" || here == name || here.strip_suffix(":0").is_some_and(|kind| kind == name)
+        });
+        found.cloned().ok_or_else(|| Error::NoDevice {
+            requested: name.into(),
+            available: available.iter().map(Self::name).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Idle;
+
+    impl Backend for Idle {
+        fn name(&self) -> String {
+            "idle".into()
+        }
+        fn description(&self) -> String {
+            "a device that can do nothing".into()
+        }
+        fn is_synchronous(&self) -> bool {
+            true
+        }
+        fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
+            cpu::Cpu::new().allocate(elements, dtype)
+        }
+        fn upload(&self, _: &[u8], _: &mut Tensor) -> Result<()> {
+            Ok(())
+        }
+        fn download(&self, _: &Tensor, _: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_backend_lacks_is_refused_by_name() {
+        let error = Device::new(Idle).zeros([2]).unwrap_err().to_string();
+        assert_eq!(error, "fill is not available on idle");
+    }
+
+    #[test]
+    fn a_tensor_of_another_device_is_refused() {
+        let mut tensor = Device::cpu().zeros([2]).unwrap();
+        let error = Device::new(Idle).fill(operations::Fill { output: &mut tensor, value: 1.0 }).unwrap_err();
+        assert_eq!(error.to_string(), "fill: `output` lives on cpu, the operation runs on idle");
+    }
+
+    #[test]
+    fn a_shared_tensor_is_not_written() {
+        let mut tensor = Device::cpu().zeros([2]).unwrap();
+        let reader = tensor.clone();
+        let error = Device::cpu().write(&mut tensor, &[1.0f32, 2.0]).unwrap_err();
+        assert!(matches!(error, Error::Shared { .. }), "{error}");
+        assert_eq!(reader.to_host::<f32>().unwrap(), [0.0, 0.0]);
+        drop(reader);
+        Device::cpu().write(&mut tensor, &[1.0f32, 2.0]).unwrap();
+        assert_eq!(tensor.to_host::<f32>().unwrap(), [1.0, 2.0]);
+        assert!(tensor.to_host::<u32>().is_err() && tensor.to_scalar().is_err());
+    }
+
+    #[test]
+    fn devices_are_found_by_name() {
+        assert_eq!("auto".parse::<Device>().unwrap(), Device::cpu());
+        assert_eq!("cpu".parse::<Device>().unwrap(), Device::cpu());
+        let error = "cuda:3".parse::<Device>().unwrap_err().to_string();
+        assert_eq!(error, "there is no device `cuda:3` here; available: cpu");
+    }
+}

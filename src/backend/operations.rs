@@ -1,0 +1,942 @@
+//! What each operation takes: the contract between callers and backends.
+//!
+//! Matrices are row-major; a tensor of more than two extents counts as a matrix of its first extent by the product of
+//! the others. `T` is the number of rows of a packed batch (all tokens of all its sequences, one after the other,
+//! without padding), `S` the number of its sequences, `N` and `M` numbers of embeddings, `d` their width, `K` a number
+//! of hard negatives.
+
+pub use super::philox::Dropout;
+use super::{Device, Tensor};
+use crate::error::{DType, Shape};
+use crate::{Error, Result};
+
+/// Checks the arguments of one operation.
+#[derive(Debug)]
+pub struct Checker<'a> {
+    operation: &'static str,
+    device: &'a Device,
+}
+
+impl<'a> Checker<'a> {
+    pub(crate) fn new(operation: &'static str, device: &'a Device) -> Self {
+        Self { operation, device }
+    }
+
+    fn elements(&self, argument: &'static str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
+        if tensor.device() != self.device {
+            return Err(Error::OtherDevice {
+                operation: self.operation,
+                argument,
+                expected: self.device.name(),
+                found: tensor.device().name(),
+            });
+        }
+        if tensor.dtype() != dtype {
+            return Err(Error::ElementType {
+                operation: self.operation,
+                argument,
+                expected: dtype.to_string(),
+                found: tensor.dtype().to_string(),
+            });
+        }
+        if tensor.elements() != elements {
+            return Err(self.shape(argument, [elements], tensor));
+        }
+        Ok(())
+    }
+
+    fn shape(&self, argument: &'static str, expected: impl Into<Shape>, tensor: &Tensor) -> Error {
+        Error::shape(self.operation, argument, expected, tensor.shape().clone())
+    }
+
+    /// A tensor that is read, as a matrix of a shape.
+    fn input(&self, argument: &'static str, tensor: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<()> {
+        let shape = shape.into();
+        self.elements(argument, tensor, dtype, shape.elements()).map_err(|error| match error {
+            Error::Shape { .. } => self.shape(argument, shape.clone(), tensor),
+            other => other,
+        })?;
+        let matrix = |shape: &Shape| (shape.rows(), shape.width());
+        if matrix(&shape) != matrix(tensor.shape()) {
+            return Err(self.shape(argument, shape, tensor));
+        }
+        Ok(())
+    }
+
+    /// A tensor that is written.
+    pub(crate) fn output(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+        dtype: DType,
+        shape: impl Into<Shape>,
+    ) -> Result<()> {
+        let shape = shape.into();
+        if shape.extents().len() == 1 {
+            self.elements(argument, tensor, dtype, shape.elements())?;
+        } else {
+            self.input(argument, tensor, dtype, shape)?;
+        }
+        if tensor.is_shared() {
+            return Err(Error::Shared { operation: self.operation, argument });
+        }
+        Ok(())
+    }
+
+    fn require(&self, argument: &'static str, holds: bool, reason: impl FnOnce() -> String) -> Result<()> {
+        if holds { Ok(()) } else { Err(Error::value(self.operation, argument, reason())) }
+    }
+
+    fn dropout(&self, dropout: Option<Dropout>) -> Result<()> {
+        let probability = dropout.map_or(0.0, |dropout| dropout.probability);
+        self.require("dropout", (0.0..1.0).contains(&probability), || {
+            format!("has probability {probability}; it must be at least 0 and below 1")
+        })
+    }
+}
+
+const F32: DType = DType::F32;
+const U32: DType = DType::U32;
+
+fn matrix(tensor: &Tensor) -> (usize, usize) {
+    (tensor.shape().rows(), tensor.shape().width())
+}
+
+/// Arguments of [`Device::fill`].
+#[derive(Debug)]
+pub struct Fill<'a> {
+    /// f32, any shape.
+    pub output: &'a mut Tensor,
+    /// What every element becomes.
+    pub value: f32,
+}
+
+impl Fill<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.output("output", self.output, F32, [self.output.elements()])
+    }
+}
+
+/// Arguments of [`Device::copy`].
+#[derive(Debug)]
+pub struct Copy<'a> {
+    /// f32, any shape.
+    pub input: &'a Tensor,
+    /// The first element that is read.
+    pub input_offset: usize,
+    /// f32, any shape.
+    pub output: &'a mut Tensor,
+    /// The first element that is written.
+    pub output_offset: usize,
+    /// How many elements are copied.
+    pub elements: usize,
+    /// Add to what is there instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl Copy<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("output", self.output, F32, [self.output.elements()])?;
+        let fits = |offset: usize, tensor: &Tensor| {
+            offset.checked_add(self.elements).is_some_and(|end| end <= tensor.elements())
+        };
+        let reason = |offset: usize, tensor: &Tensor| {
+            format!("has {} elements, not {} from {offset} on", tensor.elements(), self.elements)
+        };
+        c.require("input", fits(self.input_offset, self.input), || reason(self.input_offset, self.input))?;
+        c.require("output", fits(self.output_offset, self.output), || reason(self.output_offset, self.output))
+    }
+}
+
+/// Arguments of [`Device::add`].
+#[derive(Debug)]
+pub struct Add<'a> {
+    /// f32, any shape.
+    pub input: &'a Tensor,
+    /// f32, the same shape; `input` is added to it.
+    pub output: &'a mut Tensor,
+}
+
+impl Add<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("output", self.output, F32, self.input.shape().clone())
+    }
+}
+
+/// Arguments of [`Device::scale`].
+#[derive(Debug)]
+pub struct Scale<'a> {
+    /// f32, one element.
+    pub factor: &'a Tensor,
+    /// f32, any shape; multiplied in place.
+    pub output: &'a mut Tensor,
+}
+
+impl Scale<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("factor", self.factor, F32, 1)?;
+        c.output("output", self.output, F32, [self.output.elements()])
+    }
+}
+
+/// Arguments of [`Device::sum`].
+#[derive(Debug)]
+pub struct Sum<'a> {
+    /// f32, any shape.
+    pub input: &'a Tensor,
+    /// f32, one element.
+    pub output: &'a mut Tensor,
+    /// Add to what is there instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl Sum<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("output", self.output, F32, [1])
+    }
+}
+
+/// Arguments of [`Device::square_sum`].
+#[derive(Debug)]
+pub struct SquareSum<'a> {
+    /// f32, any shape.
+    pub input: &'a Tensor,
+    /// f32, one element.
+    pub output: &'a mut Tensor,
+    /// Add to what is there instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl SquareSum<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("output", self.output, F32, [1])
+    }
+}
+
+/// Arguments of [`Device::column_sum`].
+#[derive(Debug)]
+pub struct ColumnSum<'a> {
+    /// f32 (R, C).
+    pub input: &'a Tensor,
+    /// f32 (C).
+    pub output: &'a mut Tensor,
+    /// Add to what is there instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl ColumnSum<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("output", self.output, F32, [self.input.shape().width()])
+    }
+}
+
+/// What [`Device::matmul`] does with each element of the product, after the bias.
+#[derive(Debug)]
+pub enum Activation<'a> {
+    /// Nothing.
+    Identity,
+    /// `gelu(x) = x · Φ(x)` with the exact (error function) Φ, as BERT has it (arXiv 1606.08415).
+    Gelu {
+        /// f32 (M, N): receives the elements before the activation, which the backward pass needs.
+        input: Option<&'a mut Tensor>,
+    },
+}
+
+/// Arguments of [`Device::matmul`]: `output = activation(op(a) · op(b) + bias)`.
+#[derive(Debug)]
+pub struct MatMul<'a> {
+    /// f32 (M, K), or (K, M) if transposed.
+    pub a: &'a Tensor,
+    /// Whether `a` is stored as (K, M).
+    pub transpose_a: bool,
+    /// f32 (K, N), or (N, K) if transposed.
+    pub b: &'a Tensor,
+    /// Whether `b` is stored as (N, K).
+    pub transpose_b: bool,
+    /// f32 (N), added to each row.
+    pub bias: Option<&'a Tensor>,
+    /// Applied last.
+    pub activation: Activation<'a>,
+    /// Add to what is there instead of replacing it; only without bias and activation.
+    pub accumulate: bool,
+    /// f32 (M, N).
+    pub output: &'a mut Tensor,
+}
+
+impl MatMul<'_> {
+    /// (M, N, K)
+    pub(crate) fn extents(&self) -> (usize, usize, usize) {
+        let flip =
+            |(rows, columns): (usize, usize), transpose| if transpose { (columns, rows) } else { (rows, columns) };
+        let (m, k) = flip(matrix(self.a), self.transpose_a);
+        let (_, n) = flip(matrix(self.b), self.transpose_b);
+        (m, n, k)
+    }
+
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (m, n, k) = self.extents();
+        c.elements("a", self.a, F32, m * k)?;
+        c.input("b", self.b, F32, if self.transpose_b { [n, k] } else { [k, n] })?;
+        if let Some(bias) = self.bias {
+            c.elements("bias", bias, F32, n)?;
+        }
+        if let Activation::Gelu { input: Some(input) } = &self.activation {
+            c.output("activation input", input, F32, [m, n])?;
+        }
+        let plain = self.bias.is_none() && matches!(self.activation, Activation::Identity);
+        c.require("accumulate", plain || !self.accumulate, || "goes with neither bias nor activation".into())?;
+        c.output("output", self.output, F32, [m, n])
+    }
+}
+
+/// Arguments of [`Device::gelu_backward`].
+#[derive(Debug)]
+pub struct GeluBackward<'a> {
+    /// f32, any shape: what the activation was applied to.
+    pub input: &'a Tensor,
+    /// f32, the same shape: the gradient of the output, which becomes the gradient of the input.
+    pub gradient: &'a mut Tensor,
+}
+
+impl GeluBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.elements("input", self.input, F32, self.input.elements())?;
+        c.output("gradient", self.gradient, F32, self.input.shape().clone())
+    }
+}
+
+/// Arguments of [`Device::dropout`].
+#[derive(Debug)]
+pub struct DropoutInPlace<'a> {
+    /// Which elements are dropped.
+    pub dropout: Dropout,
+    /// f32 (R, C).
+    pub output: &'a mut Tensor,
+}
+
+impl DropoutInPlace<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        c.dropout(Some(self.dropout))?;
+        c.output("output", self.output, F32, [self.output.elements()])
+    }
+}
+
+/// Arguments of [`Device::layer_norm_forward`] (arXiv 1607.06450), with the residual connection of a post-norm block:
+///
+/// ```text
+/// x[r] = residual[r] + dropout(input[r]) ;  output[r] = (x[r] − mean) · rstd · gain + bias
+/// ```
+#[derive(Debug)]
+pub struct LayerNormForward<'a> {
+    /// f32 (R, C).
+    pub input: &'a Tensor,
+    /// f32 (R, C).
+    pub residual: Option<&'a Tensor>,
+    /// Applied to `input`.
+    pub dropout: Option<Dropout>,
+    /// f32 (C).
+    pub gain: &'a Tensor,
+    /// f32 (C).
+    pub bias: &'a Tensor,
+    /// Added to the variance.
+    pub epsilon: f32,
+    /// f32 (R, C).
+    pub output: &'a mut Tensor,
+    /// f32 (R, C): receives `(x[r] − mean) · rstd`, which the backward pass needs.
+    pub normalised: Option<&'a mut Tensor>,
+    /// f32 (R): receives `rstd = 1 / √(variance + ε)`, which the backward pass needs.
+    pub rstd: Option<&'a mut Tensor>,
+}
+
+impl LayerNormForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.input);
+        c.elements("input", self.input, F32, rows * width)?;
+        if let Some(residual) = self.residual {
+            c.input("residual", residual, F32, [rows, width])?;
+        }
+        c.dropout(self.dropout)?;
+        c.elements("gain", self.gain, F32, width)?;
+        c.elements("bias", self.bias, F32, width)?;
+        c.require("epsilon", self.epsilon >= 0.0, || format!("is {}", self.epsilon))?;
+        if let Some(normalised) = &self.normalised {
+            c.output("normalised", normalised, F32, [rows, width])?;
+        }
+        if let Some(rstd) = &self.rstd {
+            c.output("rstd", rstd, F32, [rows])?;
+        }
+        c.output("output", self.output, F32, [rows, width])
+    }
+}
+
+/// Arguments of [`Device::layer_norm_backward`].
+#[derive(Debug)]
+pub struct LayerNormBackward<'a> {
+    /// f32 (R, C): the gradient of the output.
+    pub upstream: &'a Tensor,
+    /// f32 (R, C), from the forward pass.
+    pub normalised: &'a Tensor,
+    /// f32 (R), from the forward pass.
+    pub rstd: &'a Tensor,
+    /// f32 (C).
+    pub gain: &'a Tensor,
+    /// The forward pass's.
+    pub dropout: Option<Dropout>,
+    /// f32 (R, C): receives the gradient of `input`.
+    pub d_input: &'a mut Tensor,
+    /// f32 (R, C): receives the gradient of `residual`.
+    pub d_residual: Option<&'a mut Tensor>,
+    /// f32 (C): the gain's gradient is added to it.
+    pub d_gain: &'a mut Tensor,
+    /// f32 (C): the bias's gradient is added to it.
+    pub d_bias: &'a mut Tensor,
+}
+
+impl LayerNormBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.upstream);
+        c.elements("upstream", self.upstream, F32, rows * width)?;
+        c.input("normalised", self.normalised, F32, [rows, width])?;
+        c.elements("rstd", self.rstd, F32, rows)?;
+        c.elements("gain", self.gain, F32, width)?;
+        c.dropout(self.dropout)?;
+        c.output("d_input", self.d_input, F32, [rows, width])?;
+        if let Some(d_residual) = &self.d_residual {
+            c.output("d_residual", d_residual, F32, [rows, width])?;
+        }
+        c.output("d_gain", self.d_gain, F32, [width])?;
+        c.output("d_bias", self.d_bias, F32, [width])
+    }
+}
+
+/// Arguments of [`Device::embedding_forward`].
+#[derive(Debug)]
+pub struct EmbeddingForward<'a> {
+    /// u32 (T), each below V.
+    pub tokens: &'a Tensor,
+    /// u32 (T), each below P: the position of a token in its sequence.
+    pub positions: &'a Tensor,
+    /// f32 (V, C).
+    pub word: &'a Tensor,
+    /// f32 (P, C).
+    pub position: &'a Tensor,
+    /// f32 (Y, C); every token is of type 0.
+    pub token_type: &'a Tensor,
+    /// f32 (T, C).
+    pub output: &'a mut Tensor,
+}
+
+impl EmbeddingForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = (self.tokens.elements(), self.word.shape().width());
+        c.elements("tokens", self.tokens, U32, rows)?;
+        c.elements("positions", self.positions, U32, rows)?;
+        c.elements("word", self.word, F32, self.word.elements())?;
+        c.input("position", self.position, F32, [self.position.shape().rows(), width])?;
+        c.input("token_type", self.token_type, F32, [self.token_type.shape().rows(), width])?;
+        c.require("token_type", self.token_type.elements() > 0, || "is empty".into())?;
+        c.output("output", self.output, F32, [rows, width])
+    }
+}
+
+/// Arguments of [`Device::embedding_backward`].
+#[derive(Debug)]
+pub struct EmbeddingBackward<'a> {
+    /// f32 (T, C): the gradient of the output.
+    pub upstream: &'a Tensor,
+    /// u32 (T).
+    pub tokens: &'a Tensor,
+    /// u32 (T): the rows in an order in which equal tokens are neighbours, ascending by token, then by row. It makes
+    /// the sums reproducible without atomics.
+    pub order: &'a Tensor,
+    /// u32 (S + 1): where each sequence begins, and T.
+    pub offsets: &'a Tensor,
+    /// f32 (V, C): the gradient is added to it.
+    pub d_word: &'a mut Tensor,
+    /// f32 (P, C): the gradient is added to it.
+    pub d_position: &'a mut Tensor,
+    /// f32 (Y, C): the gradient is added to row 0.
+    pub d_token_type: &'a mut Tensor,
+}
+
+impl EmbeddingBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.upstream);
+        c.elements("upstream", self.upstream, F32, rows * width)?;
+        c.elements("tokens", self.tokens, U32, rows)?;
+        c.elements("order", self.order, U32, rows)?;
+        c.elements("offsets", self.offsets, U32, self.offsets.elements())?;
+        c.output("d_word", self.d_word, F32, [self.d_word.shape().rows(), width])?;
+        c.output("d_position", self.d_position, F32, [self.d_position.shape().rows(), width])?;
+        c.output("d_token_type", self.d_token_type, F32, [self.d_token_type.shape().rows(), width])
+    }
+}
+
+/// How attention looks at a packed batch.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape<'a> {
+    /// u32 (S + 1): where each sequence begins, and T.
+    pub offsets: &'a Tensor,
+    /// The length of the longest sequence, below 65,536.
+    pub longest: usize,
+    /// The number of heads; divides C.
+    pub heads: usize,
+    /// Applied to the attention weights; row t of head h and key j is element (t, 65,536·h + j).
+    pub dropout: Option<Dropout>,
+}
+
+impl AttentionShape<'_> {
+    fn check(&self, c: &Checker<'_>, width: usize) -> Result<()> {
+        c.elements("offsets", self.offsets, U32, self.offsets.elements())?;
+        c.require("offsets", self.offsets.elements() > 0, || "is empty".into())?;
+        c.require("longest", self.longest < 65_536, || format!("is {}; it must be below 65,536", self.longest))?;
+        c.require("heads", self.heads > 0 && width.is_multiple_of(self.heads), || {
+            format!("is {}, which does not divide the width {width}", self.heads)
+        })?;
+        c.dropout(self.dropout)
+    }
+}
+
+/// Arguments of [`Device::attention_forward`] (arXiv 1706.03762, eq. 1), each sequence over itself:
+///
+/// ```text
+/// weights = softmax(query · keyᵀ / √(C / heads)) ;  output = dropout(weights) · value
+/// ```
+#[derive(Debug)]
+pub struct AttentionForward<'a> {
+    /// f32 (T, 3·C): query, key and value of each token, each with its heads one after the other.
+    pub query_key_value: &'a Tensor,
+    /// Sequences, heads and dropout.
+    pub shape: AttentionShape<'a>,
+    /// f32 (T, C).
+    pub output: &'a mut Tensor,
+    /// f32 (T, heads): receives each softmax's log-sum-exp, which the backward pass needs.
+    pub log_sum_exp: Option<&'a mut Tensor>,
+}
+
+impl AttentionForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.output);
+        c.input("query_key_value", self.query_key_value, F32, [rows, 3 * width])?;
+        self.shape.check(c, width)?;
+        if let Some(log_sum_exp) = &self.log_sum_exp {
+            c.output("log_sum_exp", log_sum_exp, F32, [rows, self.shape.heads])?;
+        }
+        c.output("output", self.output, F32, [rows, width])
+    }
+}
+
+/// Arguments of [`Device::attention_backward`].
+#[derive(Debug)]
+pub struct AttentionBackward<'a> {
+    /// f32 (T, C): the gradient of the output.
+    pub upstream: &'a Tensor,
+    /// f32 (T, 3·C), the forward pass's.
+    pub query_key_value: &'a Tensor,
+    /// f32 (T, C), from the forward pass.
+    pub output: &'a Tensor,
+    /// f32 (T, heads), from the forward pass.
+    pub log_sum_exp: &'a Tensor,
+    /// The forward pass's.
+    pub shape: AttentionShape<'a>,
+    /// f32 (T, 3·C): receives the gradient.
+    pub d_query_key_value: &'a mut Tensor,
+}
+
+impl AttentionBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.upstream);
+        c.elements("upstream", self.upstream, F32, rows * width)?;
+        c.input("query_key_value", self.query_key_value, F32, [rows, 3 * width])?;
+        c.input("output", self.output, F32, [rows, width])?;
+        c.input("log_sum_exp", self.log_sum_exp, F32, [rows, self.shape.heads])?;
+        self.shape.check(c, width)?;
+        c.output("d_query_key_value", self.d_query_key_value, F32, [rows, 3 * width])
+    }
+}
+
+/// How the rows of a sequence become one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean of all rows.
+    Mean,
+    /// The first row, the one of the `[CLS]` token.
+    Cls,
+}
+
+/// Arguments of [`Device::pooling_forward`].
+#[derive(Debug)]
+pub struct PoolingForward<'a> {
+    /// f32 (T, C).
+    pub input: &'a Tensor,
+    /// u32 (S + 1): where each sequence begins, and T; no sequence is empty.
+    pub offsets: &'a Tensor,
+    /// How.
+    pub pooling: Pooling,
+    /// f32 (S, C).
+    pub output: &'a mut Tensor,
+}
+
+impl PoolingForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (sequences, width) = matrix(self.output);
+        c.input("input", self.input, F32, [self.input.shape().rows(), width])?;
+        c.elements("offsets", self.offsets, U32, sequences + 1)?;
+        c.output("output", self.output, F32, [sequences, width])
+    }
+}
+
+/// Arguments of [`Device::pooling_backward`].
+#[derive(Debug)]
+pub struct PoolingBackward<'a> {
+    /// f32 (S, C): the gradient of the output.
+    pub upstream: &'a Tensor,
+    /// u32 (S + 1), the forward pass's.
+    pub offsets: &'a Tensor,
+    /// The forward pass's.
+    pub pooling: Pooling,
+    /// f32 (T, C): receives the gradient.
+    pub d_input: &'a mut Tensor,
+}
+
+impl PoolingBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (sequences, width) = matrix(self.upstream);
+        c.elements("upstream", self.upstream, F32, sequences * width)?;
+        c.elements("offsets", self.offsets, U32, sequences + 1)?;
+        c.output("d_input", self.d_input, F32, [self.d_input.shape().rows(), width])
+    }
+}
+
+/// Arguments of [`Device::l2_norm_forward`].
+#[derive(Debug)]
+pub struct L2NormForward<'a> {
+    /// f32 (N, d).
+    pub input: &'a Tensor,
+    /// f32 (N, d): receives `input[r] / max(|input[r]|, 1e-12)`.
+    pub output: &'a mut Tensor,
+    /// f32 (N): receives `1 / max(|input[r]|, 1e-12)`.
+    pub inverse_norm: &'a mut Tensor,
+}
+
+impl L2NormForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.input);
+        c.elements("input", self.input, F32, rows * width)?;
+        c.output("output", self.output, F32, [rows, width])?;
+        c.output("inverse_norm", self.inverse_norm, F32, [rows])
+    }
+}
+
+/// Arguments of [`Device::l2_norm_backward`]: `d_input = (upstream − output · (output · upstream)) · inverse_norm`.
+#[derive(Debug)]
+pub struct L2NormBackward<'a> {
+    /// f32 (N, d): the gradient of the output.
+    pub upstream: &'a Tensor,
+    /// f32 (N, d), from the forward pass.
+    pub output: &'a Tensor,
+    /// f32 (N), from the forward pass.
+    pub inverse_norm: &'a Tensor,
+    /// f32 (N, d): receives the gradient.
+    pub d_input: &'a mut Tensor,
+}
+
+impl L2NormBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.upstream);
+        c.elements("upstream", self.upstream, F32, rows * width)?;
+        c.input("output", self.output, F32, [rows, width])?;
+        c.elements("inverse_norm", self.inverse_norm, F32, rows)?;
+        c.output("d_input", self.d_input, F32, [rows, width])
+    }
+}
+
+/// Arguments of [`Device::positives_forward`].
+#[derive(Debug)]
+pub struct PositivesForward<'a> {
+    /// f32 (N, d).
+    pub queries: &'a Tensor,
+    /// f32 (N, d).
+    pub documents: &'a Tensor,
+    /// f32 (N): receives `queries[i] · documents[i]`.
+    pub similarity: &'a mut Tensor,
+}
+
+impl PositivesForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.queries);
+        c.elements("queries", self.queries, F32, rows * width)?;
+        c.input("documents", self.documents, F32, [rows, width])?;
+        c.output("similarity", self.similarity, F32, [rows])
+    }
+}
+
+/// Arguments of [`Device::positives_backward`]. With `σ = exp(log_scale)` and `g = gradient`:
+///
+/// ```text
+/// d_queries[i] += σ·g[i]·documents[i] ;  d_documents[i] += σ·g[i]·queries[i] ;  d_log_scale[i] += g[i]·σ·similarity[i]
+/// ```
+#[derive(Debug)]
+pub struct PositivesBackward<'a> {
+    /// f32 (N, d).
+    pub queries: &'a Tensor,
+    /// f32 (N, d).
+    pub documents: &'a Tensor,
+    /// f32, one element.
+    pub log_scale: &'a Tensor,
+    /// f32 (N), from the forward pass.
+    pub similarity: &'a Tensor,
+    /// f32 (N): the gradient of each positive's logit.
+    pub gradient: &'a Tensor,
+    /// f32 (N, d).
+    pub d_queries: &'a mut Tensor,
+    /// f32 (N, d).
+    pub d_documents: &'a mut Tensor,
+    /// f32 (N).
+    pub d_log_scale: &'a mut Tensor,
+}
+
+impl PositivesBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, width) = matrix(self.queries);
+        c.elements("queries", self.queries, F32, rows * width)?;
+        c.input("documents", self.documents, F32, [rows, width])?;
+        c.elements("log_scale", self.log_scale, F32, 1)?;
+        c.elements("similarity", self.similarity, F32, rows)?;
+        c.elements("gradient", self.gradient, F32, rows)?;
+        c.output("d_queries", self.d_queries, F32, [rows, width])?;
+        c.output("d_documents", self.d_documents, F32, [rows, width])?;
+        c.output("d_log_scale", self.d_log_scale, F32, [rows])
+    }
+}
+
+/// The similarities that a sweep visits, `z[r, c] = exp(log_scale) · rows[r] · columns[c]`, and those it leaves out.
+#[derive(Debug, Clone, Copy)]
+pub struct SimilarityMatrix<'a> {
+    /// f32 (R, d).
+    pub rows: &'a Tensor,
+    /// f32 (C, d); none for a Gram: the rows against themselves, whose symmetric matrix is swept by half its tiles.
+    pub columns: Option<&'a Tensor>,
+    /// f32, one element.
+    pub log_scale: &'a Tensor,
+    /// Leave out the entries with r = c. Always so for a Gram.
+    pub exclude_diagonal: bool,
+    /// u32 (R) and u32 (C): leave out the entries whose row and column key are equal.
+    pub keys: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+impl SimilarityMatrix<'_> {
+    /// (R, C, d)
+    pub(crate) fn extents(&self) -> (usize, usize, usize) {
+        let (rows, width) = matrix(self.rows);
+        (rows, self.columns.map_or(rows, |columns| columns.shape().rows()), width)
+    }
+
+    fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let (rows, columns, width) = self.extents();
+        c.elements("rows", self.rows, F32, rows * width)?;
+        if let Some(tensor) = self.columns {
+            c.input("columns", tensor, F32, [columns, width])?;
+        }
+        c.elements("log_scale", self.log_scale, F32, 1)?;
+        c.require("exclude_diagonal", self.exclude_diagonal || self.columns.is_some(), || {
+            "must be set for a Gram: its diagonal is no similarity of two embeddings".into()
+        })?;
+        if let Some((row_keys, column_keys)) = self.keys {
+            c.elements("row keys", row_keys, U32, rows)?;
+            c.elements("column keys", column_keys, U32, columns)?;
+        }
+        Ok(())
+    }
+}
+
+/// The value a maximum has over no entries: finite, because infinities are not safe on every device.
+pub const NO_ENTRY: f32 = f32::MIN;
+
+/// Arguments of [`Device::similarity_sweep_forward`].
+///
+/// Statistics are f32 (R, 4) or (C, 4), over the entries that are not left out: the largest logit ([`NO_ENTRY`] if
+/// there is none), the sum of `exp(z − largest)`, the sum of the logits, and their number.
+#[derive(Debug)]
+pub struct SimilaritySweepForward<'a> {
+    /// What is swept.
+    pub matrix: SimilarityMatrix<'a>,
+    /// Receives the statistics of each row.
+    pub row_statistics: Option<&'a mut Tensor>,
+    /// Receives the statistics of each column; not for a Gram, whose columns are its rows.
+    pub column_statistics: Option<&'a mut Tensor>,
+}
+
+impl SimilaritySweepForward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        self.matrix.check(c)?;
+        let (rows, columns, _) = self.matrix.extents();
+        if let Some(statistics) = &self.row_statistics {
+            c.output("row_statistics", statistics, F32, [rows, 4])?;
+        }
+        if let Some(statistics) = &self.column_statistics {
+            c.require("column_statistics", self.matrix.columns.is_some(), || "cannot be had of a Gram".into())?;
+            c.output("column_statistics", statistics, F32, [columns, 4])?;
+        }
+        Ok(())
+    }
+}
+
+/// Arguments of [`Device::similarity_sweep_backward`].
+///
+/// Coefficients are f32 (R, 4) or (C, 4), from [`Device::partition`]: log-sum-exp L, weight w, what is subtracted
+/// from every entry by label smoothing s, and 0. With them
+///
+/// ```text
+/// G[r, c] = w_r·exp(z − L_r) − s_r  +  w_c·exp(z − L_c) − s_c        (0 where left out; a Gram has both for its rows)
+/// d_rows += σ·G·columns ;  d_columns += σ·Gᵀ·rows ;  d_log_scale[r] += Σ_c G[r, c]·z[r, c]
+/// ```
+///
+/// where a Gram counts each pair of entries once.
+#[derive(Debug)]
+pub struct SimilaritySweepBackward<'a> {
+    /// What is swept.
+    pub matrix: SimilarityMatrix<'a>,
+    /// The coefficients of each row.
+    pub row_coefficients: Option<&'a Tensor>,
+    /// The coefficients of each column; not for a Gram.
+    pub column_coefficients: Option<&'a Tensor>,
+    /// f32 (R, d): the gradient is added to it.
+    pub d_rows: &'a mut Tensor,
+    /// f32 (C, d): the gradient is added to it; not for a Gram.
+    pub d_columns: Option<&'a mut Tensor>,
+    /// f32 (R): each row's part of the gradient is added to it.
+    pub d_log_scale: &'a mut Tensor,
+}
+
+impl SimilaritySweepBackward<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        self.matrix.check(c)?;
+        let (rows, columns, width) = self.matrix.extents();
+        let gram = self.matrix.columns.is_none();
+        if let Some(coefficients) = self.row_coefficients {
+            c.input("row_coefficients", coefficients, F32, [rows, 4])?;
+        }
+        if let Some(coefficients) = self.column_coefficients {
+            c.require("column_coefficients", !gram, || "do not go with a Gram".into())?;
+            c.input("column_coefficients", coefficients, F32, [columns, 4])?;
+        }
+        c.output("d_rows", self.d_rows, F32, [rows, width])?;
+        match &self.d_columns {
+            Some(d_columns) => {
+                c.require("d_columns", !gram, || "does not go with a Gram".into())?;
+                c.output("d_columns", d_columns, F32, [columns, width])?;
+            }
+            None => c.require("d_columns", gram, || "is missing".into())?,
+        }
+        c.output("d_log_scale", self.d_log_scale, F32, [rows])
+    }
+}
+
+/// Arguments of [`Device::partition`].
+///
+/// With `z⁺ = exp(log_scale)·similarity`, μ positives in the partition, S = Σ_entries exp(z − m) and ε the smoothing:
+///
+/// ```text
+/// L = log( μ·exp z⁺ + Σ_blocks S·exp m ) ;  K = μ + number of entries
+/// loss[i]     += w_i·( L − (1−ε)·z⁺ − ε/K·(μ·z⁺ + Σ z) )
+/// gradient[i] += w_i·( −(Σ_blocks S·exp(m − L)) + ε − μ·ε/K )           = w_i·(μ·p⁺ − (1−ε) − μ·ε/K), without cancelling
+/// coefficients[i] = ( L, w_i, w_i·ε/K, 0 )
+/// ```
+#[derive(Debug)]
+pub struct Partition<'a> {
+    /// Each f32 (N, 4): the statistics of each block, without the positive; 1 to 5 of them.
+    pub statistics: &'a [&'a Tensor],
+    /// f32 (N).
+    pub similarity: &'a Tensor,
+    /// f32, one element.
+    pub log_scale: &'a Tensor,
+    /// μ: how often the positive stands in the partition, 1 or 2.
+    pub positives: usize,
+    /// ε, at least 0 and below 1.
+    pub label_smoothing: f32,
+    /// The partition's weight divided by N: w of every row.
+    pub weight: f32,
+    /// f32 (N, 4): receives the coefficients.
+    pub coefficients: &'a mut Tensor,
+    /// f32 (N): the losses are added to it.
+    pub losses: &'a mut Tensor,
+    /// f32 (N): the gradient of each positive's logit is added to it.
+    pub gradient: &'a mut Tensor,
+}
+
+impl Partition<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let rows = self.similarity.elements();
+        c.require("statistics", (1..=5).contains(&self.statistics.len()), || {
+            format!("are of {} blocks; there can be 1 to 5", self.statistics.len())
+        })?;
+        for statistics in self.statistics {
+            c.input("statistics", statistics, F32, [rows, 4])?;
+        }
+        c.elements("similarity", self.similarity, F32, rows)?;
+        c.elements("log_scale", self.log_scale, F32, 1)?;
+        c.output("coefficients", self.coefficients, F32, [rows, 4])?;
+        c.output("losses", self.losses, F32, [rows])?;
+        c.output("gradient", self.gradient, F32, [rows])
+    }
+}
+
+/// How [`Device::adamw`] clips a gradient by the norm of all gradients together.
+#[derive(Debug, Clone, Copy)]
+pub struct Clip<'a> {
+    /// f32, one element: the sum of the squares of all gradients.
+    pub square_norm: &'a Tensor,
+    /// The norm that gradients are scaled down to where theirs is larger.
+    pub largest: f32,
+}
+
+/// Arguments of [`Device::adamw`] (arXiv 1711.05101, algorithm 2):
+///
+/// ```text
+/// m = β₁·m + (1−β₁)·g ;  v = β₂·v + (1−β₂)·g²
+/// p = p − rate·( (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε) + decay·p )
+/// ```
+#[derive(Debug)]
+pub struct AdamW<'a> {
+    /// p: f32, any shape.
+    pub parameter: &'a mut Tensor,
+    /// g: f32, the same shape.
+    pub gradient: &'a Tensor,
+    /// m: f32, the same shape.
+    pub first_moment: &'a mut Tensor,
+    /// v: f32, the same shape.
+    pub second_moment: &'a mut Tensor,
+    /// If given, g is scaled down first.
+    pub clip: Option<Clip<'a>>,
+    /// The learning rate of this step.
+    pub learning_rate: f32,
+    /// (β₁, β₂)
+    pub betas: (f32, f32),
+    /// ε
+    pub epsilon: f32,
+    /// The decoupled weight decay.
+    pub weight_decay: f32,
+    /// t: the step, counted from 1.
+    pub step: u64,
+}
+
+impl AdamW<'_> {
+    pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
+        let shape = self.parameter.shape();
+        c.output("parameter", self.parameter, F32, shape.clone())?;
+        c.input("gradient", self.gradient, F32, shape.clone())?;
+        c.output("first_moment", self.first_moment, F32, shape.clone())?;
+        c.output("second_moment", self.second_moment, F32, shape.clone())?;
+        c.require("step", self.step > 0, || "is 0; steps are counted from 1".into())?;
+        match self.clip {
+            Some(clip) => c.elements("square_norm", clip.square_norm, F32, 1),
+            None => Ok(()),
+        }
+    }
+}
