@@ -3,6 +3,8 @@
 
 pub mod error;
 #[cfg(feature = "train")]
+pub mod evaluate;
+#[cfg(feature = "train")]
 pub mod files;
 
 pub use error::{Error, Result};
