@@ -6,5 +6,7 @@ pub mod error;
 pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod files;
+#[cfg(feature = "train")]
+pub mod report;
 
 pub use error::{Error, Result};
