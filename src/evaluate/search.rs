@@ -23,7 +23,7 @@ const DOCUMENT_BLOCK: usize = 1024;
 ///
 /// A score depends on its two embeddings only, neither on where they stand nor on the number of threads, so that equal
 /// documents tie and results are the same on every run on one machine. Beside the result, each thread takes memory for
-/// a block of 64 × 1,024 scores and 64 × (2k) candidates; never all Q × N scores exist.
+/// a block of 64 × 1,024 scores and 64 × 2k candidates; never all Q × N scores exist.
 ///
 /// # Errors
 /// [`Error::Value`] if `width` or `k` is 0, if a matrix does not consist of whole rows or holds more than 2³² of them;
@@ -54,6 +54,9 @@ pub fn top_k(
     if document_id_ranks.len() != count {
         let (expected, found) = (Shape::from([count]), Shape::from([document_id_ranks.len()]));
         return Err(Error::shape(OPERATION, "document_id_ranks", expected, found));
+    }
+    if queries.is_empty() || documents.is_empty() {
+        return Ok(vec![Ranking::new(); queries.len() / width]);
     }
     // The matrix product picks its way of summing by the sizes of the block, so every block has the same size: the last
     // ones are filled up with zeros, whose scores are never read.
@@ -306,6 +309,8 @@ mod tests {
     fn nothing_to_search_in_or_for_gives_empty_rankings() {
         assert_eq!(top_k(&[1.0, 2.0], &[], 1, 5, &[]).unwrap(), [vec![], vec![]]);
         assert_eq!(top_k(&[], &[1.0], 1, 5, &[0]).unwrap(), Vec::<Ranking>::new());
+        assert_eq!(top_k(&[], &[], usize::MAX, usize::MAX, &[]).unwrap(), Vec::<Ranking>::new());
+        assert_eq!(top_k(&[1.0], &[2.0], 1, usize::MAX, &[0]).unwrap(), [[(0, 2.0)]]);
     }
 
     #[test]
