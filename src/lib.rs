@@ -4,9 +4,15 @@
 pub mod backend;
 pub mod error;
 #[cfg(feature = "train")]
+pub mod evaluate;
+#[cfg(feature = "train")]
 pub mod files;
+pub mod loss;
 pub mod objective;
+#[cfg(feature = "train")]
+pub mod report;
 
 pub use backend::{Device, Tensor};
 pub use error::{Error, Result};
+pub use loss::Batch;
 pub use objective::{Objective, Similarity};

@@ -21,10 +21,10 @@ pub const fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// A random number of (0, 1), from 24 bits of a random word.
+/// A random number of (0, 1), from 23 bits of a random word.
 #[inline(always)]
 pub const fn uniform(word: u32) -> f32 {
-    ((word >> 8) as f32 + 0.5) * (1.0 / 16_777_216.0)
+    ((word >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
 }
 
 /// Which elements of a matrix are dropped, and where in the random stream it stands.

@@ -121,7 +121,7 @@ mod tests {
         let normal = |x: f64| {
             // x·Φ(x) by the series of the error function.
             let (mut term, mut sum) = (x, x);
-            for k in 1..100 {
+            for k in 1..3000 {
                 term *= x * x / f64::from(2 * k + 1);
                 sum += term;
             }
@@ -150,10 +150,20 @@ mod tests {
                 } else {
                     device.tensor(&b, [k, n]).unwrap()
                 };
-                let run = |bias, activation, accumulate, output: &mut _| {
-                    let (a, b) = (&a, &b);
-                    device.matmul(MatMul { a, transpose_a, b, transpose_b, bias, activation, accumulate, output })
-                };
+                macro_rules! run {
+                    ($bias:expr, $activation:expr, $accumulate:expr, $output:expr) => {
+                        device.matmul(MatMul {
+                            a: &a,
+                            transpose_a,
+                            b: &b,
+                            transpose_b,
+                            bias: $bias,
+                            activation: $activation,
+                            accumulate: $accumulate,
+                            output: $output,
+                        })
+                    };
+                }
                 // Rounding of a dot product of k terms of at most 1/4.
                 let bound = (k as f64 + 4.0) * 0.25 * f64::from(f32::EPSILON);
                 let check = |output: &crate::backend::Tensor, expected: &dyn Fn(usize) -> f64| {
@@ -166,17 +176,17 @@ mod tests {
                     }
                 };
                 let mut output = device.tensor(&vec![1.0f32; m * n], [m, n]).unwrap();
-                run(None, Activation::Identity, true, &mut output).unwrap();
+                run!(None, Activation::Identity, true, &mut output).unwrap();
                 check(&output, &|i| 1.0 + exact[i]);
-                run(Some(&bias_tensor), Activation::Identity, false, &mut output).unwrap();
+                run!(Some(&bias_tensor), Activation::Identity, false, &mut output).unwrap();
                 check(&output, &|i| exact[i] + f64::from(bias[i % n]));
                 let mut input = device.empty([m, n], DType::F32).unwrap();
-                run(Some(&bias_tensor), Activation::Gelu { input: Some(&mut input) }, false, &mut output).unwrap();
+                run!(Some(&bias_tensor), Activation::Gelu { input: Some(&mut input) }, false, &mut output).unwrap();
                 check(&input, &|i| exact[i] + f64::from(bias[i % n]));
                 check(&output, &|i| normal(exact[i] + f64::from(bias[i % n])));
-                run(None, Activation::Gelu { input: None }, false, &mut output).unwrap();
+                run!(None, Activation::Gelu { input: None }, false, &mut output).unwrap();
                 check(&output, &|i| normal(exact[i]));
-                assert!(run(Some(&bias_tensor), Activation::Identity, true, &mut output).is_err());
+                assert!(run!(Some(&bias_tensor), Activation::Identity, true, &mut output).is_err());
             }
         }
     }
