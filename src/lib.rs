@@ -4,5 +4,7 @@
 pub mod error;
 #[cfg(feature = "train")]
 pub mod files;
+#[cfg(feature = "train")]
+pub mod text;
 
 pub use error::{Error, Result};
