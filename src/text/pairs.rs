@@ -110,7 +110,7 @@ impl PairReader {
     fn read(&mut self) -> Result<Option<Pair>> {
         let pair = match &mut self.source {
             Source::Lines { reader, buffer } => {
-                next_line(&self.path, reader, buffer, &mut self.line)?.map(|line| parse_object(line)).transpose()
+                next_line(&self.path, reader, buffer, &mut self.line)?.map(parse_object).transpose()
             }
             Source::Table { reader, columns, record } => {
                 next_record(&self.path, reader, record, &mut self.line, columns.names.len())?
