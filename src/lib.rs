@@ -11,6 +11,8 @@ pub mod loss;
 pub mod objective;
 #[cfg(feature = "train")]
 pub mod report;
+#[cfg(feature = "train")]
+pub mod text;
 
 pub use backend::{Device, Tensor};
 pub use error::{Error, Result};

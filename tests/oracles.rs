@@ -19,7 +19,9 @@ struct Case {
     #[serde(default)]
     label_smoothing: f64,
     loss: f64,
-    d_log_scale: f64,
+    /// None where the source divided a masked −∞ by the temperature and got NaN (all of GTE); the definition, itself
+    /// held to finite differences, stands in for it.
+    d_log_scale: Option<f64>,
 }
 
 fn read<T: npyz::Deserialize>(folder: &Path, name: &str) -> Vec<T> {
@@ -38,7 +40,8 @@ fn relative_error(a: &[f64], b: &[f64]) -> f64 {
 
 fn cases() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/losses");
-    let mut cases: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut cases: Vec<_> = entries.filter(|path| path.is_dir()).collect();
     cases.sort();
     assert_eq!(cases.len(), 47);
     cases
@@ -77,7 +80,8 @@ fn all_cases() {
             .unwrap();
         let close = |what: &str, error: f64, bound: f64| assert!(error < bound, "{name} {what}: {error:e}");
         close("loss", (exact.loss - case.loss).abs() / case.loss.abs().max(1.0), 1e-10);
-        close("d_log_scale", (exact.d_log_scale - case.d_log_scale).abs() / case.d_log_scale.abs().max(1.0), 1e-10);
+        let d_log_scale = case.d_log_scale.unwrap_or(exact.d_log_scale);
+        close("d_log_scale", (exact.d_log_scale - d_log_scale).abs() / d_log_scale.abs().max(1.0), 1e-10);
         close("d_queries", relative_error(&exact.d_queries, &d_queries), 1e-10);
         close("d_documents", relative_error(&exact.d_documents, &d_documents), 1e-10);
         close("d_hard_negatives", relative_error(&exact.d_hard_negatives, &d_hard_negatives), 1e-10);
@@ -97,7 +101,7 @@ fn all_cases() {
         let host = |tensor: &nearfar::Tensor| wide(&tensor.to_host::<f32>().unwrap());
         let mut errors = vec![
             ("loss", (host(&out.loss)[0] - case.loss).abs() / case.loss.abs().max(1.0)),
-            ("d_log_scale", (host(&out.d_log_scale)[0] - case.d_log_scale).abs() / case.d_log_scale.abs().max(1.0)),
+            ("d_log_scale", (host(&out.d_log_scale)[0] - d_log_scale).abs() / d_log_scale.abs().max(1.0)),
             ("d_queries", relative_error(&host(&out.d_queries), &d_queries)),
             ("d_documents", relative_error(&host(&out.d_documents), &d_documents)),
         ];

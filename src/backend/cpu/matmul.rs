@@ -119,9 +119,12 @@ mod tests {
     fn every_orientation_and_epilogue() {
         let device = Device::cpu();
         let normal = |x: f64| {
-            // x·Φ(x) by the series of the error function.
+            // x·Φ(x) by the series of the error function; beyond 8 Φ is 0 or 1 to single precision.
+            if x.abs() > 8.0 {
+                return x.max(0.0);
+            }
             let (mut term, mut sum) = (x, x);
-            for k in 1..3000 {
+            for k in 1..300 {
                 term *= x * x / f64::from(2 * k + 1);
                 sum += term;
             }
