@@ -850,7 +850,7 @@ impl SimilaritySweepBackward<'_> {
 /// ```
 #[derive(Debug)]
 pub struct Partition<'a> {
-    /// Each f32 (N, 4): the statistics of each block, without the positive; 1 to 5 of them.
+    /// Each f32 (N, 4): the statistics of each block, without the positive; 1 to 6 of them.
     pub statistics: &'a [&'a Tensor],
     /// f32 (N).
     pub similarity: &'a Tensor,
@@ -873,8 +873,8 @@ pub struct Partition<'a> {
 impl Partition<'_> {
     pub(super) fn check(&self, c: &Checker<'_>) -> Result<()> {
         let rows = self.similarity.elements();
-        c.require("statistics", (1..=5).contains(&self.statistics.len()), || {
-            format!("are of {} blocks; there can be 1 to 5", self.statistics.len())
+        c.require("statistics", (1..=6).contains(&self.statistics.len()), || {
+            format!("are of {} blocks; there can be 1 to 6", self.statistics.len())
         })?;
         for statistics in self.statistics {
             c.input("statistics", statistics, F32, [rows, 4])?;
