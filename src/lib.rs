@@ -1,6 +1,7 @@
 //! nearfar: contrastive losses, computed fast and in little memory.
 #![deny(missing_docs)]
 
+pub mod autograd;
 pub mod backend;
 pub mod error;
 #[cfg(feature = "train")]

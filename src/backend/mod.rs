@@ -5,12 +5,13 @@
 //! operation. Arguments are checked once, in [`Device`], before a backend sees them.
 //!
 //! * [`Device`]: what callers hold. Makes tensors and runs operations.
-//! * [`Tensor`]: data on a device.
+//! * [`Tensor`]: data on a device. [`PackedBatch`]: token sequences on a device.
 //! * [`cpu`]: the backend that is always there.
 //! * [`philox`]: the random numbers that are the same on every device.
 
 pub mod cpu;
 pub mod operations;
+mod packed;
 pub mod philox;
 mod tensor;
 
@@ -18,6 +19,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, LazyLock};
 
+pub use packed::PackedBatch;
 pub use tensor::{Buffer, Element, Tensor};
 
 use crate::error::{DType, Shape};
