@@ -9,6 +9,7 @@ pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod files;
 pub mod loss;
+pub mod nn;
 pub mod objective;
 #[cfg(feature = "train")]
 pub mod report;

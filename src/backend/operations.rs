@@ -922,6 +922,8 @@ pub struct AdamW<'a> {
     pub epsilon: f32,
     /// The decoupled weight decay.
     pub weight_decay: f32,
+    /// No element gets larger than this; infinity for no limit.
+    pub largest: f32,
     /// t: the step, counted from 1.
     pub step: u64,
 }

@@ -21,6 +21,7 @@ struct Constants {
     epsilon: f32,
     /// 1 − rate · decay
     keep: f32,
+    largest: f32,
 }
 
 vectorised! {
@@ -30,7 +31,8 @@ vectorised! {
             let g = *gradient * c.gradient_scale;
             *first = c.beta_1 * *first + (1.0 - c.beta_1) * g;
             *second = c.beta_2 * *second + (1.0 - c.beta_2) * g * g;
-            *parameter = *parameter * c.keep - c.rate * *first / (second.sqrt() * c.second_scale + c.epsilon);
+            let moved = *parameter * c.keep - c.rate * *first / (second.sqrt() * c.second_scale + c.epsilon);
+            *parameter = if moved > c.largest { c.largest } else { moved };
         }
     }
 }
@@ -55,6 +57,7 @@ pub(super) fn step(arguments: AdamW<'_>) -> Result<()> {
         second_scale: (1.0 / debias(beta_2).sqrt()) as f32,
         epsilon: arguments.epsilon,
         keep: (1.0 - rate * f64::from(arguments.weight_decay)) as f32,
+        largest: arguments.largest,
     };
     let gradient = read::<f32>(OPERATION, "gradient", arguments.gradient)?;
     let parameter = write::<f32>(OPERATION, "parameter", arguments.parameter)?;
@@ -99,6 +102,7 @@ mod tests {
                     betas: (0.9, 0.999),
                     epsilon: 1e-8,
                     weight_decay: 0.1,
+                    largest: 2.0,
                     step: step as u64,
                 })
                 .unwrap();
@@ -108,7 +112,7 @@ mod tests {
                 *m = 0.9 * *m + 0.1 * g;
                 *v = 0.999 * *v + 0.001 * g * g;
                 let (m, v) = (*m / (1.0 - 0.9f64.powi(step as i32)), *v / (1.0 - 0.999f64.powi(step as i32)));
-                *p -= 0.01 * (m / (v.sqrt() + 1e-8) + 0.1 * *p);
+                *p = (*p - 0.01 * (m / (v.sqrt() + 1e-8) + 0.1 * *p)).min(2.0);
             }
         }
         for (value, [p, ..]) in parameter.to_host::<f32>().unwrap().into_iter().zip(expected) {

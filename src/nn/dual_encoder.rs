@@ -1,0 +1,333 @@
+//! Two towers, one for queries and one for documents.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::encoder::{Encoder, EncoderSettings, StepDropout};
+use super::parameters::{Initial, Parameters};
+use crate::autograd::{Tape, Variable};
+use crate::backend::PackedBatch;
+use crate::{Device, Error, Result};
+
+/// What two towers have in common (Dong et al., arXiv 2204.07120, figure 1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Towers {
+    /// Everything: one encoder for both (SDE).
+    Shared,
+    /// Nothing (ADE).
+    Separate,
+    /// Only the projection after them (ADE-SPL).
+    SharedProjection,
+}
+
+impl fmt::Display for Towers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Shared => "shared",
+            Self::Separate => "separate",
+            Self::SharedProjection => "shared-projection",
+        })
+    }
+}
+
+impl FromStr for Towers {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "shared" => Ok(Self::Shared),
+            "separate" => Ok(Self::Separate),
+            "shared-projection" => Ok(Self::SharedProjection),
+            _ => {
+                let reason = format!("there are no towers `{name}`; there are: shared, separate, shared-projection");
+                Err(Error::setting("towers", reason))
+            }
+        }
+    }
+}
+
+/// One of the two towers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tower {
+    /// The one for queries.
+    Query,
+    /// The one for documents.
+    Document,
+}
+
+impl FromStr for Tower {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "query" => Ok(Self::Query),
+            "document" => Ok(Self::Document),
+            _ => Err(Error::setting("tower", format!("there is no tower `{name}`; there are: query, document"))),
+        }
+    }
+}
+
+/// The shape of a dual encoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DualEncoderSettings {
+    /// Of each tower.
+    pub encoder: EncoderSettings,
+    /// What the towers share.
+    pub towers: Towers,
+    /// The width of the embeddings if a linear projection follows the encoder; needed for a shared projection.
+    pub projection: Option<usize>,
+}
+
+impl DualEncoderSettings {
+    /// d: the width of the embeddings.
+    pub fn embedding_size(&self) -> usize {
+        self.projection.unwrap_or(self.encoder.hidden_size)
+    }
+
+    /// Checks that the settings make sense together.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming the one that does not.
+    pub fn check(&self) -> Result<()> {
+        self.encoder.check()?;
+        match (self.towers, self.projection) {
+            (_, Some(0)) => Err(Error::setting("projection", "is 0; it must be at least 1")),
+            (Towers::SharedProjection, None) => {
+                Err(Error::setting("towers", "a shared projection needs the width of a projection"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Two encoders with their projections, and the parameters of both.
+#[derive(Debug)]
+pub struct DualEncoder {
+    settings: DualEncoderSettings,
+    parameters: Parameters,
+    query: Encoder,
+    document: Encoder,
+    /// Indices of the projections.
+    projections: Option<[usize; 2]>,
+    log_scale: usize,
+}
+
+/// Dropouts of the document tower are numbered from here on if it is another than the query tower.
+const DOCUMENT_SITES: u32 = 1 << 16;
+
+/// The random stream of the projections' initial values.
+const PROJECTION_STREAM: u32 = 1 << 20;
+
+impl DualEncoder {
+    /// A dual encoder with random weights; both towers start the same.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the settings do not fit together, [`Error::OutOfMemory`].
+    pub fn new(device: &Device, settings: DualEncoderSettings, log_scale: f32, seed: u64) -> Result<Self> {
+        settings.check()?;
+        let mut parameters = Parameters::new(device);
+        let encoder = settings.encoder.clone();
+        let (query, document) = if settings.towers == Towers::Shared {
+            let query = Encoder::new(&mut parameters, "", encoder, seed, 0)?;
+            (query.clone(), query)
+        } else {
+            (
+                Encoder::new(&mut parameters, "query.", encoder.clone(), seed, 0)?,
+                Encoder::new(&mut parameters, "document.", encoder, seed, DOCUMENT_SITES)?,
+            )
+        };
+        let projections = match settings.projection {
+            None => None,
+            Some(width) => {
+                let mut add = |name: &str| {
+                    let deviation = 1.0 / (settings.encoder.hidden_size as f32).sqrt();
+                    let shape = [width, settings.encoder.hidden_size];
+                    parameters.add(name, shape, Initial::Normal(deviation), (seed, PROJECTION_STREAM))
+                };
+                Some(match settings.towers {
+                    Towers::Separate => [add("query.projection.weight")?, add("document.projection.weight")?],
+                    Towers::Shared | Towers::SharedProjection => [add("projection.weight")?; 2],
+                })
+            }
+        };
+        let log_scale = parameters.add("log_scale", [1], Initial::Constant(log_scale), (seed, 0))?;
+        Ok(Self { settings, parameters, query, document, projections, log_scale })
+    }
+
+    /// The shape.
+    pub fn settings(&self) -> &DualEncoderSettings {
+        &self.settings
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The parameters, to be changed.
+    pub fn parameters_mut(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
+
+    /// The index of `log(1 / temperature)`.
+    pub fn log_scale(&self) -> usize {
+        self.log_scale
+    }
+
+    /// Embeddings (S, d) of the sequences of a batch, not normalised.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    pub fn forward(
+        &self,
+        tape: &mut Tape,
+        parameters: &[Variable],
+        tower: Tower,
+        batch: &PackedBatch,
+        dropout: Option<StepDropout>,
+    ) -> Result<Variable> {
+        let (encoder, which) = match tower {
+            Tower::Query => (&self.query, 0),
+            Tower::Document => (&self.document, 1),
+        };
+        let pooled = encoder.forward(tape, parameters, batch, dropout)?;
+        match self.projections {
+            Some(projections) => tape.linear(&pooled, &parameters[projections[which]], None),
+            None => Ok(pooled),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::LossBatch;
+    use crate::backend::operations::Pooling;
+    use crate::nn::{AdamW, AdamWSettings};
+    use crate::{Objective, Tensor};
+
+    fn settings(towers: Towers, projection: Option<usize>) -> DualEncoderSettings {
+        let encoder = EncoderSettings {
+            vocabulary_size: 50,
+            hidden_size: 12,
+            layers: 2,
+            heads: 3,
+            feed_forward_size: 20,
+            max_positions: 8,
+            token_types: 2,
+            layer_norm_epsilon: 1e-12,
+            dropout: 0.1,
+            attention_dropout: 0.1,
+            pooling: Pooling::Mean,
+        };
+        DualEncoderSettings { encoder, towers, projection }
+    }
+
+    fn bits(tensor: &Tensor) -> Vec<u32> {
+        tensor.to_host::<f32>().unwrap().iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn every_parameter_of_every_architecture_gets_a_gradient_and_learns() {
+        let device = Device::cpu();
+        let cases = [
+            (Towers::Shared, None),
+            (Towers::Shared, Some(5)),
+            (Towers::Separate, None),
+            (Towers::Separate, Some(5)),
+            (Towers::SharedProjection, Some(5)),
+        ];
+        for (towers, projection) in cases {
+            let mut model = DualEncoder::new(&device, settings(towers, projection), 3.0, 1).unwrap();
+            let mut optimizer = AdamW::new(model.parameters(), AdamWSettings::default()).unwrap();
+            let queries: [&[u32]; 4] = [&[1, 5, 9], &[2, 6], &[3, 7, 11, 13], &[4]];
+            let documents: [&[u32]; 4] = [&[21, 25], &[22, 26, 40], &[23], &[24, 28, 33]];
+            let mut gradients = model.parameters().gradients().unwrap();
+            let mut losses = Vec::new();
+            for step in 1..=40 {
+                let mut tape = Tape::new(&device);
+                let variables = model.parameters().on(&mut tape);
+                let dropout = Some(StepDropout { seed: 1, step });
+                let q = PackedBatch::new(&device, &queries, 0).unwrap();
+                let d = PackedBatch::new(&device, &documents, q.rows()).unwrap();
+                let q = model.forward(&mut tape, &variables, Tower::Query, &q, dropout).unwrap();
+                let d = model.forward(&mut tape, &variables, Tower::Document, &d, dropout).unwrap();
+                assert_eq!(q.value().shape().extents(), [4, model.settings().embedding_size()]);
+                let log_scale = Some(&variables[model.log_scale()]);
+                let batch = LossBatch { queries: &q, documents: &d, hard_negatives: None, ids: None, log_scale };
+                let loss = tape.contrastive_loss(&Objective::samtone_bidirectional(), batch).unwrap();
+                losses.push(loss.value().to_scalar().unwrap());
+                gradients.clear();
+                drop((q, d, variables));
+                tape.backward(loss, None, &mut gradients).unwrap();
+                if step == 1 {
+                    for (parameter, gradient) in model.parameters().iter().zip(gradients.finish().unwrap()) {
+                        let moved = gradient.to_host::<f32>().unwrap().iter().any(|&value| value != 0.0);
+                        assert!(moved, "{towers}: {} has no gradient", parameter.name());
+                    }
+                }
+                optimizer.step(model.parameters_mut(), &mut gradients, 0.01).unwrap();
+            }
+            assert!(losses[39] < 0.5 * losses[0], "{towers}: {losses:?}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_batch_is_encoded_as_in_the_whole() {
+        let device = Device::cpu();
+        let model = DualEncoder::new(&device, settings(Towers::Shared, None), 3.0, 1).unwrap();
+        let sequences: [&[u32]; 4] = [&[1, 5, 9], &[2, 6], &[3, 7, 11, 13], &[4]];
+        let dropout = Some(StepDropout { seed: 1, step: 3 });
+        let encode = |sequences: &[&[u32]], row_offset| {
+            let mut tape = Tape::inference(&device);
+            let variables = model.parameters().on(&mut tape);
+            let batch = PackedBatch::new(&device, sequences, row_offset).unwrap();
+            bits(model.forward(&mut tape, &variables, Tower::Query, &batch, dropout).unwrap().value())
+        };
+        let whole = encode(&sequences, 0);
+        assert_eq!(encode(&sequences[2..], 5), whole[2 * 12..]);
+        assert_ne!(encode(&sequences[2..], 0), whole[2 * 12..]);
+    }
+
+    #[test]
+    fn a_training_step_has_the_same_bits_on_any_number_of_threads() {
+        let step = || {
+            let device = Device::cpu();
+            let wide =
+                EncoderSettings { hidden_size: 48, feed_forward_size: 96, ..settings(Towers::Shared, None).encoder };
+            let settings = DualEncoderSettings { encoder: wide, towers: Towers::Shared, projection: None };
+            let model = DualEncoder::new(&device, settings, 3.0, 1).unwrap();
+            let tokens: Vec<Vec<u32>> =
+                (0..600u32).map(|i| (0..1 + i % 8).map(|j| (i * 7 + j * 13) % 50).collect()).collect();
+            let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+            let batch = PackedBatch::new(&device, &sequences, 0).unwrap();
+            let mut tape = Tape::new(&device);
+            let variables = model.parameters().on(&mut tape);
+            let dropout = Some(StepDropout { seed: 1, step: 3 });
+            let x = model.forward(&mut tape, &variables, Tower::Query, &batch, dropout).unwrap();
+            let (queries, documents) = (tape.rows(&x, 0, 300).unwrap(), tape.rows(&x, 300, 300).unwrap());
+            let log_scale = Some(&variables[model.log_scale()]);
+            let batch =
+                LossBatch { queries: &queries, documents: &documents, hard_negatives: None, ids: None, log_scale };
+            let loss = tape.contrastive_loss(&Objective::gte(), batch).unwrap();
+            let mut gradients = model.parameters().gradients().unwrap();
+            let value = bits(loss.value());
+            tape.backward(loss, None, &mut gradients).unwrap();
+            let mut all: Vec<Vec<u32>> = gradients.finish().unwrap().into_iter().map(bits).collect();
+            all.push(value);
+            all
+        };
+        let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(step);
+        let one = on(1);
+        assert!(one == on(2) && one == on(3) && one == on(7));
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        let wrong = DualEncoder::new(&Device::cpu(), settings(Towers::SharedProjection, None), 3.0, 1).unwrap_err();
+        assert!(wrong.to_string().contains("needs the width"), "{wrong}");
+        let mut heads = settings(Towers::Shared, None);
+        heads.encoder.heads = 5;
+        assert!(heads.check().unwrap_err().to_string().contains("does not divide the hidden size 12"));
+    }
+}
