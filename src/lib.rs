@@ -9,6 +9,8 @@ pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod files;
 pub mod loss;
+#[cfg(feature = "train")]
+pub mod model;
 pub mod nn;
 pub mod objective;
 #[cfg(feature = "train")]

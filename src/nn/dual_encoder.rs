@@ -282,11 +282,14 @@ mod tests {
             let mut tape = Tape::inference(&device);
             let variables = model.parameters().on(&mut tape);
             let batch = PackedBatch::new(&device, sequences, row_offset).unwrap();
-            bits(model.forward(&mut tape, &variables, Tower::Query, &batch, dropout).unwrap().value())
+            let embeddings = model.forward(&mut tape, &variables, Tower::Query, &batch, dropout).unwrap();
+            embeddings.value().to_host::<f32>().unwrap()
         };
         let whole = encode(&sequences, 0);
-        assert_eq!(encode(&sequences[2..], 5), whole[2 * 12..]);
-        assert_ne!(encode(&sequences[2..], 0), whole[2 * 12..]);
+        // Matrix products of other shapes may round differently, no more.
+        let differs = |part: Vec<f32>| part.iter().zip(&whole[2 * 12..]).any(|(a, b)| (a - b).abs() > 1e-5);
+        assert!(!differs(encode(&sequences[2..], 5)));
+        assert!(differs(encode(&sequences[2..], 0)), "the row offset decides what is dropped");
     }
 
     #[test]
