@@ -8,6 +8,8 @@ pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod files;
 pub mod loss;
+#[cfg(feature = "train")]
+pub mod npy;
 pub mod objective;
 #[cfg(feature = "train")]
 pub mod report;
