@@ -12,6 +12,7 @@ pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
 pub mod nn;
+pub mod npy;
 pub mod objective;
 #[cfg(feature = "train")]
 pub mod report;

@@ -248,7 +248,8 @@ impl Objective {
     pub fn temperature(mut self, temperature: f64) -> Result<Self> {
         let scale = 1.0 / temperature as f32;
         if !(temperature > 0.0 && scale.is_finite() && scale > 0.0) {
-            return Err(Error::setting("temperature", format!("is {temperature}; it must be finite and positive")));
+            let reason = format!("is {temperature:?}; it must be positive, and it and its inverse finite as float32");
+            return Err(Error::setting("temperature", reason));
         }
         self.temperature = temperature;
         Ok(self)

@@ -1,0 +1,173 @@
+//! The command line: one file a command, and what they share.
+//!
+//! A new command is a module, a variant of [`Command`] and an arm of [`run`]. Results go to stdout, everything else to
+//! stderr, so that `--json` can be piped.
+
+mod devices;
+mod loss;
+
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, Parser, Subcommand};
+use nearfar::Device;
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+/// Trains retrieval encoders with contrastive losses.
+#[derive(Debug, Parser)]
+#[command(name = "nearfar", version, after_help = AFTER_HELP)]
+struct Cli {
+    /// Print what is being done to stderr.
+    ///
+    /// The variable NEARFAR_LOG sets this finer, and is followed where it is set: `NEARFAR_LOG=nearfar=trace`.
+    #[arg(long, short, global = true, display_order = 900)]
+    verbose: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+`nearfar help COMMAND` explains a command and ends with an example. Results are printed to stdout; messages and errors \
+go to stderr. The exit code is 0 on success, 1 if something went wrong, 2 if the command line could not be understood.
+
+Environment:
+  RAYON_NUM_THREADS  how many threads the CPU computes with (default: one for each core)
+  NEARFAR_LOG        which messages go to stderr: error, warn, info, debug, trace, or nearfar=LEVEL
+
+Example:
+  nearfar loss --queries queries.npy --documents documents.npy";
+
+// One value is made and used once: that it is as large as its largest variant costs nothing.
+#[allow(clippy::large_enum_variant)]
+#[derive(Debug, Subcommand)]
+enum Command {
+    Devices(devices::Devices),
+    Loss(loss::Loss),
+}
+
+/// Parses the command line and does what it says.
+pub(crate) fn run() -> Result<()> {
+    let cli = Cli::parse();
+    start_log(cli.verbose)?;
+    match cli.command {
+        Command::Devices(command) => command.run(),
+        Command::Loss(command) => command.run(),
+    }
+}
+
+fn start_log(verbose: bool) -> Result<()> {
+    let default = if verbose { "warn,nearfar=debug" } else { "warn,nearfar=info" };
+    let filter = match std::env::var("NEARFAR_LOG") {
+        Ok(filter) if !filter.trim().is_empty() => filter,
+        Ok(_) | Err(std::env::VarError::NotPresent) => default.into(),
+        Err(error) => return Err(error).context("NEARFAR_LOG"),
+    };
+    let filter = EnvFilter::builder().parse(&filter).with_context(|| {
+        format!("NEARFAR_LOG is `{filter}`; it must be a level (error, warn, info, debug, trace) or nearfar=LEVEL")
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    Ok(())
+}
+
+/// Prints an error and its causes to stderr, on one line.
+pub(crate) fn report(error: &anyhow::Error) {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // The library's errors say what the operating system said, and carry it as their source too.
+        if !message.contains(&cause) {
+            message.push_str(": ");
+            message.push_str(&cause);
+        }
+    }
+    // Nobody is left to be told that stderr is closed.
+    let _ = writeln!(std::io::stderr(), "error: {message}");
+}
+
+/// The device to compute on.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// Device to compute on: auto, cpu, wgpu, wgpu:1, cuda, cuda:1, …
+    ///
+    /// `auto` takes the first one that `nearfar devices` lists. A name without a number means number 0.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", display_order = 800)]
+    device: String,
+}
+
+impl DeviceArgs {
+    pub(crate) fn open(&self) -> Result<Device> {
+        let device: Device = self.device.parse().context("--device")?;
+        tracing::debug!(%device, "computing on {}", device.description());
+        Ok(device)
+    }
+}
+
+/// How results are printed.
+#[derive(Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// Print exactly one JSON object to stdout instead of text.
+    #[arg(long, display_order = 800)]
+    json: bool,
+}
+
+impl OutputArgs {
+    /// Prints a result as one line of JSON or as text.
+    pub(crate) fn print(&self, json: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+        let mut output = if self.json { serde_json::to_string(json)? } else { text() };
+        output.push('\n');
+        let mut stdout = std::io::stdout().lock();
+        match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+            // Whoever read the output has seen enough of it, as `head` does.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            result => result.context("cannot write to stdout"),
+        }
+    }
+}
+
+/// Refuses a file that cannot be written, or must not be, before anything is computed.
+///
+/// A finished file is renamed to its path. Where a device file stands that would replace it, which the superuser is
+/// allowed to; so only files and nothing are replaced, and no input of the same command.
+pub(crate) fn check_output(option: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
+    let name = path.display();
+    let Some(file_name) = path.file_name() else {
+        bail!("{option}: `{name}` does not name a file");
+    };
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => bail!("{option}: {name} is a folder; give the path of a file in it"),
+        Ok(metadata) if !metadata.is_file() => {
+            bail!("{option}: {name} is a device or a pipe; give the path of a file on disk")
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(anyhow!(error).context(format!("{option}: {name}"))),
+    }
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    match std::fs::metadata(folder) {
+        Ok(metadata) if metadata.is_dir() => {}
+        Ok(_) => bail!("{option}: {} is not a folder, so {name} cannot be written", folder.display()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!("{option}: the folder of {name} does not exist; create {} first", folder.display())
+        }
+        Err(error) => return Err(anyhow!(error).context(format!("{option}: {}", folder.display()))),
+    }
+    let folder = folder.canonicalize().with_context(|| format!("{option}: {}", folder.display()))?;
+    let target = folder.join(file_name);
+    let target = target.canonicalize().unwrap_or(target);
+    for input in inputs {
+        if input.canonicalize().is_ok_and(|input| input == target) {
+            bail!("{option}: {name} is an input of this command and would be overwritten; give another path");
+        }
+    }
+    Ok(())
+}
