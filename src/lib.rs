@@ -12,12 +12,15 @@ pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
 pub mod nn;
+#[cfg(feature = "train")]
 pub mod npy;
 pub mod objective;
 #[cfg(feature = "train")]
 pub mod report;
 #[cfg(feature = "train")]
 pub mod text;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use backend::{Device, Tensor};
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@
 
 mod devices;
 mod loss;
+mod train;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
@@ -46,6 +47,7 @@ Example:
 enum Command {
     Devices(devices::Devices),
     Loss(loss::Loss),
+    Train(train::Train),
 }
 
 /// Parses the command line and does what it says.
@@ -55,6 +57,7 @@ pub(crate) fn run() -> Result<()> {
     match cli.command {
         Command::Devices(command) => command.run(),
         Command::Loss(command) => command.run(),
+        Command::Train(command) => command.run(),
     }
 }
 
