@@ -74,6 +74,8 @@ fn start_log(verbose: bool) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     Ok(())
