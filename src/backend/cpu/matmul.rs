@@ -8,11 +8,16 @@ use super::{gelu, simd};
 use crate::Result;
 use crate::backend::operations::{Activation, MatMul};
 
-/// Rows of the output that one task computes: enough to make up for packing the other matrix once a task.
-const TASK_ROWS: usize = 1024;
+/// Rows of the output, or terms of a long sum, that one task works on at most: enough to make up for packing the other
+/// matrix once a task, few enough to stay near the cache.
+const TASK: usize = 1024;
 
-/// Terms of a sum that one task adds up where the sum is long and the output small (the gradient of a weight).
-const TASK_TERMS: usize = 1024;
+/// Cuts a length into pieces of at most [`TASK`], of equal size and eight of them or a multiple, so that any usual
+/// number of threads has the same to do. Depends on the length alone, so that sums are made the same way everywhere.
+fn task_size(length: usize) -> usize {
+    let tasks = 8 * length.div_ceil(8 * TASK);
+    length.div_ceil(tasks.max(1)).next_multiple_of(16)
+}
 
 /// Outputs with at most so many elements are summed in parts.
 const SMALL_OUTPUT: usize = 1 << 20;
@@ -35,11 +40,12 @@ pub(super) fn forward(arguments: MatMul<'_>) -> Result<()> {
         return Ok(());
     }
 
-    if transpose_a && k > TASK_TERMS && m * n <= SMALL_OUTPUT {
-        let parts: Vec<Vec<f32>> = (0..k.div_ceil(TASK_TERMS))
+    if transpose_a && k > TASK && m * n <= SMALL_OUTPUT {
+        let task_terms = task_size(k);
+        let parts: Vec<Vec<f32>> = (0..k.div_ceil(task_terms))
             .into_par_iter()
             .map(|part| {
-                let terms = part * TASK_TERMS..k.min((part + 1) * TASK_TERMS);
+                let terms = part * task_terms..k.min((part + 1) * task_terms);
                 let a = view(&a[terms.start * m..terms.end * m], m, terms.len(), true);
                 let b = if transpose_b {
                     MatRef::new(&b[terms.start..], n, terms.len(), k).transposed()
@@ -64,31 +70,43 @@ pub(super) fn forward(arguments: MatMul<'_>) -> Result<()> {
     }
 
     let b = view(b, k, n, transpose_b);
+    let task_rows = task_size(m);
     let product = |task: usize, output: &mut [f32]| {
-        let (first, rows) = (task * TASK_ROWS, output.len() / n);
+        let (first, rows) = (task * task_rows, output.len() / n);
         let a = if transpose_a {
             MatRef::new(&a[first..], k, rows, m).transposed()
         } else {
             MatRef::new(&a[first * k..(first + rows) * k], rows, k, k)
         };
         multiply(MatMut::new(output, rows, n, n), a, b, 1.0, accumulate);
+    };
+    let add_bias = |output: &mut [f32]| {
         if let Some(bias) = bias {
             output.chunks_exact_mut(n).for_each(|row| simd::add(bias, row));
         }
     };
-    let tasks = output.par_chunks_mut(TASK_ROWS * n).enumerate();
+    let tasks = output.par_chunks_mut(task_rows * n).enumerate();
     match activation {
-        Activation::Identity => tasks.for_each(|(task, output)| product(task, output)),
+        Activation::Identity => tasks.for_each(|(task, output)| {
+            product(task, output);
+            add_bias(output);
+        }),
         Activation::Gelu { input: None } => tasks.for_each(|(task, output)| {
             product(task, output);
+            add_bias(output);
             gelu::apply(output);
         }),
         Activation::Gelu { input: Some(input) } => {
             let input = write::<f32>(OPERATION, "activation input", input)?;
-            tasks.zip(input.par_chunks_mut(TASK_ROWS * n)).for_each(|((task, output), input)| {
+            tasks.zip(input.par_chunks_mut(task_rows * n)).for_each(|((task, output), input)| {
                 product(task, input);
-                output.copy_from_slice(input);
-                gelu::apply(output);
+                for (input, output) in input.chunks_exact_mut(n).zip(output.chunks_exact_mut(n)) {
+                    if let Some(bias) = bias {
+                        simd::add(bias, input);
+                    }
+                    output.copy_from_slice(input);
+                    gelu::apply(output);
+                }
             });
         }
     }
