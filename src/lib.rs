@@ -1,4 +1,52 @@
-//! nearfar: contrastive losses, computed fast and in little memory.
+//! nearfar trains retrieval encoders with contrastive losses: fused losses that never store a similarity matrix, a
+//! small autograd tape, and a BERT-shaped dual encoder that trains end to end.
+//!
+//! # Should I be using this?
+//!
+//! * You have embeddings and want **a contrastive loss and its gradients**, fast and in little memory, from Rust: yes,
+//!   with `default-features = false`. See [`Objective::forward_backward`].
+//! * You want to **train a dual encoder** on pairs of texts from the command line: yes, see the `nearfar` program.
+//! * You want a general tensor library: no. The tape knows the operations of an encoder and a loss, and no others.
+//! * You want a GPU today: not yet. The seam for it is [`backend`]; what is behind it is the CPU.
+//!
+//! # The floors
+//!
+//! Each module knows only those above it in this list.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`error`] | typed errors, shapes, element types |
+//! | [`objective`] | what is optimised, as data; its definition in float64; the plan of sweeps that computes it |
+//! | [`backend`] | devices, tensors, one method for each operation; the CPU |
+//! | [`loss`] | runs an objective on a device |
+//! | [`autograd`] | the tape |
+//! | [`nn`] | encoder, towers, optimizer, schedule |
+//! | `files`, `npy`, `report` | atomic writing, arrays, curves and logs |
+//! | `text` | pairs, tokenizer, batches |
+//! | `model` | a model and its folder |
+//! | `evaluate` | test collections, search, metrics |
+//! | `train` | steps, gradient caching, checkpoints, the loop |
+//!
+//! # A loss
+//!
+//! ```
+//! use nearfar::{Batch, Device, Objective};
+//!
+//! let device = Device::cpu();
+//! let queries = device.tensor(&[1.0f32, 0.0, 0.0, 1.0], [2, 2])?;
+//! let documents = device.tensor(&[0.9f32, 0.1, 0.2, 0.8], [2, 2])?;
+//! let out = Objective::samtone().temperature(0.05)?.forward_backward(&device, Batch::new(&queries, &documents))?;
+//! println!("{} {:?}", out.loss.to_scalar()?, out.d_queries.to_host::<f32>()?);
+//! # Ok::<(), nearfar::Error>(())
+//! ```
+//!
+//! # Features
+//!
+//! | feature | default | adds | costs |
+//! |---|---|---|---|
+//! | (none) | | objectives, losses, tape, encoder, optimizer on the CPU | gemm, rayon, bytemuck |
+//! | `train` | yes | texts, tokenizers, model folders, training, evaluation | tokenizers, safetensors, plotters, serde |
+//! | `cli` | yes | the `nearfar` program | clap, indicatif |
 #![deny(missing_docs)]
 
 pub mod autograd;
@@ -26,3 +74,8 @@ pub use backend::{Device, Tensor};
 pub use error::{Error, Result};
 pub use loss::Batch;
 pub use objective::{Objective, Similarity};
+
+/// The README's programs are tests.
+#[cfg(all(doctest, feature = "train"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
