@@ -59,6 +59,7 @@ pub mod files;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
+mod named;
 pub mod nn;
 #[cfg(feature = "train")]
 pub mod npy;

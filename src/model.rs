@@ -102,21 +102,6 @@ const TOKENS_AT_ONCE: usize = 16_384;
 /// A fused weight of this name is three weights in checkpoints.
 const FUSED: &str = "attention.self.query_key_value.";
 
-pub(crate) fn pooling_name(pooling: Pooling) -> &'static str {
-    match pooling {
-        Pooling::Mean => "mean",
-        Pooling::Cls => "cls",
-    }
-}
-
-pub(crate) fn pooling_named(name: &str) -> Result<Pooling> {
-    match name {
-        "mean" => Ok(Pooling::Mean),
-        "cls" => Ok(Pooling::Cls),
-        _ => Err(Error::setting("pooling", format!("there is no pooling `{name}`; there are: mean, cls"))),
-    }
-}
-
 impl Model {
     /// d: the width of the embeddings.
     pub fn embedding_size(&self) -> usize {
@@ -211,7 +196,7 @@ impl Model {
         let extra = Extra {
             format: FORMAT,
             towers: settings.towers.to_string(),
-            pooling: pooling_name(encoder.pooling).into(),
+            pooling: encoder.pooling.to_string(),
             projection: settings.projection,
             similarity: self.similarity.to_string(),
             temperature,
@@ -335,7 +320,7 @@ impl Model {
                 layer_norm_epsilon: config.layer_norm_eps,
                 dropout: config.hidden_dropout_prob,
                 attention_dropout: config.attention_probs_dropout_prob,
-                pooling: pooling_named(&extra.pooling).map_err(in_extra)?,
+                pooling: extra.pooling.parse().map_err(in_extra)?,
             },
             towers: extra.towers.parse().map_err(in_extra)?,
             projection: extra.projection,

@@ -143,6 +143,18 @@ impl Tape {
 
     /// Makes the output of an operation a variable, with the way back to its inputs; `backward` is called only if one
     /// of them needs a gradient.
+    ///
+    /// An operation without a way back cannot be recorded:
+    ///
+    /// ```compile_fail,E0277
+    /// # use nearfar::autograd::{Tape, Variable};
+    /// struct NoWayBack;
+    ///
+    /// fn fused(tape: &mut Tape, input: &Variable) -> Variable {
+    ///     let output = input.value().clone();
+    ///     tape.record(output, &[input], || NoWayBack)
+    /// }
+    /// ```
     pub fn record<B: Backward + 'static>(
         &mut self,
         output: Tensor,

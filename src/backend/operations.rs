@@ -8,6 +8,7 @@
 pub use super::philox::Dropout;
 use super::{Device, Tensor};
 use crate::error::{DType, Shape};
+use crate::named::named;
 use crate::{Error, Result};
 
 /// Checks the arguments of one operation.
@@ -568,6 +569,8 @@ pub enum Pooling {
     /// The first row, the one of the `[CLS]` token.
     Cls,
 }
+
+named!(Pooling, "pooling", Mean => "mean", Cls => "cls");
 
 /// Arguments of [`Device::pooling_forward`].
 #[derive(Debug)]

@@ -1,12 +1,10 @@
 //! Two towers, one for queries and one for documents.
 
-use std::fmt;
-use std::str::FromStr;
-
 use super::encoder::{Encoder, EncoderSettings, StepDropout};
 use super::parameters::{Initial, Parameters};
 use crate::autograd::{Tape, Variable};
 use crate::backend::PackedBatch;
+use crate::named::named;
 use crate::{Device, Error, Result};
 
 /// What two towers have in common (Dong et al., arXiv 2204.07120, figure 1).
@@ -20,31 +18,7 @@ pub enum Towers {
     SharedProjection,
 }
 
-impl fmt::Display for Towers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Shared => "shared",
-            Self::Separate => "separate",
-            Self::SharedProjection => "shared-projection",
-        })
-    }
-}
-
-impl FromStr for Towers {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "shared" => Ok(Self::Shared),
-            "separate" => Ok(Self::Separate),
-            "shared-projection" => Ok(Self::SharedProjection),
-            _ => {
-                let reason = format!("there are no towers `{name}`; there are: shared, separate, shared-projection");
-                Err(Error::setting("towers", reason))
-            }
-        }
-    }
-}
+named!(Towers, "towers", Shared => "shared", Separate => "separate", SharedProjection => "shared-projection");
 
 /// One of the two towers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,17 +29,7 @@ pub enum Tower {
     Document,
 }
 
-impl FromStr for Tower {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "query" => Ok(Self::Query),
-            "document" => Ok(Self::Document),
-            _ => Err(Error::setting("tower", format!("there is no tower `{name}`; there are: query, document"))),
-        }
-    }
-}
+named!(Tower, "tower", Query => "query", Document => "document");
 
 /// The shape of a dual encoder.
 #[derive(Debug, Clone, PartialEq)]

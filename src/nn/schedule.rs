@@ -1,9 +1,6 @@
 //! The learning rate over the steps of a training.
 
-use std::fmt;
-use std::str::FromStr;
-
-use crate::{Error, Result};
+use crate::named::named;
 
 /// How the learning rate falls after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,30 +13,7 @@ pub enum Decay {
     Cosine,
 }
 
-impl fmt::Display for Decay {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Constant => "constant",
-            Self::Linear => "linear",
-            Self::Cosine => "cosine",
-        })
-    }
-}
-
-impl FromStr for Decay {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "constant" => Ok(Self::Constant),
-            "linear" => Ok(Self::Linear),
-            "cosine" => Ok(Self::Cosine),
-            _ => {
-                Err(Error::setting("decay", format!("there is no decay `{name}`; there are: constant, linear, cosine")))
-            }
-        }
-    }
-}
+named!(Decay, "decay", Constant => "constant", Linear => "linear", Cosine => "cosine");
 
 /// Warm-up in a straight line from zero, then decay.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -26,8 +26,8 @@ pub mod definition;
 pub mod plan;
 
 use std::fmt;
-use std::str::FromStr;
 
+use crate::named::named;
 use crate::{Error, Result};
 
 /// How two embeddings are compared.
@@ -39,26 +39,7 @@ pub enum Similarity {
     Dot,
 }
 
-impl fmt::Display for Similarity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cosine => "cosine",
-            Self::Dot => "dot",
-        })
-    }
-}
-
-impl FromStr for Similarity {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "cosine" => Ok(Self::Cosine),
-            "dot" => Ok(Self::Dot),
-            _ => Err(Error::setting("similarity", format!("there is no similarity `{name}`; there are: cosine, dot"))),
-        }
-    }
-}
+named!(Similarity, "similarity", Cosine => "cosine", Dot => "dot");
 
 /// A set of similarities in the denominator of row *i* of a partition.
 ///

@@ -19,7 +19,7 @@ use super::settings::{Length, TrainSettings};
 use super::step::Trainer;
 use crate::evaluate::{Beir, DEPTH, Metrics, top_k};
 use crate::files::write_atomically;
-use crate::model::{Model, make_folder, pooling_named};
+use crate::model::{Model, make_folder};
 use crate::nn::{
     AdamW, AdamWSettings, Decay, DualEncoder, DualEncoderSettings, EncoderSettings, Schedule, Tower, Towers,
 };
@@ -485,7 +485,7 @@ fn encoder_settings(settings: &TrainSettings, tokenizer: &Tokenizer) -> Result<D
             layer_norm_epsilon: 1e-12,
             dropout: settings.dropout,
             attention_dropout: settings.attention_dropout,
-            pooling: pooling_named(&settings.pooling)?,
+            pooling: settings.pooling.parse()?,
         },
         towers: settings.towers.parse::<Towers>()?,
         projection: (settings.projection > 0).then_some(settings.projection),

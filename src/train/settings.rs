@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::pooling_named;
+use crate::backend::operations::Pooling;
 use crate::nn::{Decay, Towers};
 use crate::text::Duplicates;
 use crate::{Error, Objective, Result, Similarity};
@@ -157,7 +157,7 @@ impl TrainSettings {
     pub fn from_toml(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, "read it", error))?;
         toml::from_str(&text).map_err(|error| {
-            let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
+            let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
             Error::line(path, line, error.message().to_owned())
         })
     }
@@ -178,7 +178,7 @@ impl TrainSettings {
         self.objective()?;
         self.length()?;
         self.duplicates()?;
-        pooling_named(&self.pooling)?;
+        self.pooling.parse::<Pooling>()?;
         self.decay.parse::<Decay>()?;
         let towers: Towers = self.towers.parse()?;
         if towers == Towers::SharedProjection && self.projection == 0 && self.model.is_none() {

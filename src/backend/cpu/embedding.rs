@@ -4,6 +4,7 @@
 use rayon::prelude::*;
 
 use super::buffer::{read, write};
+use super::reduce::add_column_sums;
 use super::{TASK_ROWS, sequences, simd};
 use crate::backend::operations::{EmbeddingBackward, EmbeddingForward};
 use crate::{Error, Result};
@@ -92,15 +93,7 @@ pub(super) fn backward(arguments: EmbeddingBackward<'_>) -> Result<()> {
             simd::add(gradient(sequence.start + position), output);
         }
     });
-    let parts: Vec<Vec<f32>> = upstream
-        .par_chunks(8 * TASK_ROWS * width)
-        .map(|rows| {
-            let mut part = vec![0.0; width];
-            rows.chunks_exact(width).for_each(|row| simd::add(row, &mut part));
-            part
-        })
-        .collect();
-    parts.iter().for_each(|part| simd::add(part, &mut d_token_type[..width]));
+    add_column_sums(upstream, width, &mut d_token_type[..width]);
     Ok(())
 }
 

@@ -53,14 +53,9 @@ pub(super) fn square_sum(arguments: SquareSum<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn column_sum(arguments: ColumnSum<'_>) -> Result<()> {
-    let width = arguments.input.shape().width();
-    let input = read::<f32>("column_sum", "input", arguments.input)?;
-    let output = write::<f32>("column_sum", "output", arguments.output)?;
-    if width == 0 {
-        return Ok(());
-    }
-    let parts: Vec<Vec<f32>> = input
+/// Adds the sum of each column of rows of some width to `output`.
+pub(super) fn add_column_sums(rows: &[f32], width: usize, output: &mut [f32]) {
+    let parts: Vec<Vec<f32>> = rows
         .par_chunks(8 * TASK_ROWS * width)
         .map(|rows| {
             let mut part = vec![0.0; width];
@@ -68,10 +63,19 @@ pub(super) fn column_sum(arguments: ColumnSum<'_>) -> Result<()> {
             part
         })
         .collect();
+    parts.iter().for_each(|part| simd::add(part, output));
+}
+
+pub(super) fn column_sum(arguments: ColumnSum<'_>) -> Result<()> {
+    let width = arguments.input.shape().width();
+    let input = read::<f32>("column_sum", "input", arguments.input)?;
+    let output = write::<f32>("column_sum", "output", arguments.output)?;
     if !arguments.accumulate {
         output.fill(0.0);
     }
-    parts.iter().for_each(|part| simd::add(part, output));
+    if width > 0 {
+        add_column_sums(input, width, output);
+    }
     Ok(())
 }
 
