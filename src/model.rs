@@ -237,6 +237,11 @@ impl Model {
             &folder.join("sentence_bert_config.json"),
             &json!({ "max_seq_length": longest, "do_lower_case": false }),
         )?;
+        // Without it sentence-transformers would compare the embeddings by their cosine.
+        write_json(
+            &folder.join("config_sentence_transformers.json"),
+            &json!({ "model_type": "SentenceTransformer", "similarity_fn_name": self.similarity.to_string() }),
+        )?;
         let tokenizer = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": longest,
@@ -359,6 +364,10 @@ fn foreign_settings(folder: &Path, config: &Config) -> Result<Extra> {
         pooling_mode_mean_tokens: bool,
     }
     #[derive(Deserialize)]
+    struct Comparison {
+        similarity_fn_name: Option<String>,
+    }
+    #[derive(Deserialize)]
     struct Lengths {
         max_seq_length: usize,
     }
@@ -373,6 +382,16 @@ fn foreign_settings(folder: &Path, config: &Config) -> Result<Extra> {
     } else {
         "mean"
     };
+    let similarity_path = folder.join("config_sentence_transformers.json");
+    let compared_by =
+        if similarity_path.exists() { read_json::<Comparison>(&similarity_path)?.similarity_fn_name } else { None };
+    let similarity = match compared_by.as_deref() {
+        None | Some("cosine") => Similarity::Cosine,
+        Some("dot" | "dot_product") => Similarity::Dot,
+        Some(other) => {
+            return Err(Error::file(similarity_path, format!("compares by `{other}`; cosine and dot can be loaded")));
+        }
+    };
     let lengths_path = folder.join("sentence_bert_config.json");
     let longest = if lengths_path.exists() {
         read_json::<Lengths>(&lengths_path)?.max_seq_length
@@ -384,7 +403,7 @@ fn foreign_settings(folder: &Path, config: &Config) -> Result<Extra> {
         towers: Towers::Shared.to_string(),
         pooling: pooling.into(),
         projection: None,
-        similarity: Similarity::Cosine.to_string(),
+        similarity: similarity.to_string(),
         temperature: crate::objective::DEFAULT_TEMPERATURE,
         max_query_length: longest,
         max_document_length: longest,
@@ -531,6 +550,24 @@ mod tests {
                 assert!((one.iter().map(|v| v * v).sum::<f32>() - 1.0).abs() < 1e-5);
             }
         }
+    }
+
+    /// That sentence-transformers itself loads such a folder cannot be tried here.
+    #[test]
+    fn one_encoder_is_described_to_sentence_transformers() {
+        for (similarity, modules) in [(Similarity::Cosine, 3), (Similarity::Dot, 2)] {
+            let folder = tempfile::tempdir().unwrap();
+            let model = Model { similarity, ..model(Towers::Shared, None) };
+            model.save(folder.path()).unwrap();
+            let read = |name: &str| read_json::<serde_json::Value>(&folder.path().join(name)).unwrap();
+            assert_eq!(read("modules.json").as_array().unwrap().len(), modules);
+            assert_eq!(read("config_sentence_transformers.json")["similarity_fn_name"], similarity.to_string());
+            assert_eq!(read("1_Pooling/config.json")["pooling_mode_mean_tokens"], true);
+            assert_eq!(read("sentence_bert_config.json")["max_seq_length"], 16);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        model(Towers::Separate, None).save(folder.path()).unwrap();
+        assert!(!folder.path().join("modules.json").exists());
     }
 
     #[test]

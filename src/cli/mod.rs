@@ -4,7 +4,10 @@
 //! stderr, so that `--json` can be piped.
 
 mod devices;
+mod embed;
+mod evaluate;
 mod loss;
+mod progress;
 mod train;
 
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -46,6 +49,8 @@ Example:
 #[derive(Debug, Subcommand)]
 enum Command {
     Devices(devices::Devices),
+    Embed(embed::Embed),
+    Evaluate(evaluate::Evaluate),
     Loss(loss::Loss),
     Train(train::Train),
 }
@@ -56,6 +61,8 @@ pub(crate) fn run() -> Result<()> {
     start_log(cli.verbose)?;
     match cli.command {
         Command::Devices(command) => command.run(),
+        Command::Embed(command) => command.run(),
+        Command::Evaluate(command) => command.run(),
         Command::Loss(command) => command.run(),
         Command::Train(command) => command.run(),
     }

@@ -1,13 +1,17 @@
 //! Measuring retrieval: reading test collections, searching them exactly and scoring the result as trec_eval does.
+//!
+//! [`evaluate`] does it all in this order: embeddings, search, leaving out documents with the query's own id, metrics.
 
 mod beir;
 mod metrics;
+mod run;
 mod search;
 
 use std::cmp::Ordering;
 
 pub use beir::{Beir, Document, Judgment, Query};
 pub use metrics::{DEPTH, Metrics, QueryMetrics};
+pub use run::{EvaluationProgress, evaluate};
 pub use search::top_k;
 
 /// The documents found for one query, each with its score: indices into the corpus, and the higher the better.

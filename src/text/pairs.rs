@@ -12,12 +12,12 @@ use crate::{Error, Result};
 
 /// The most bytes one pair may take in its file: more is a file in another format or a quote that is never closed,
 /// and reading on would fill the memory.
-const MAX_RECORD_BYTES: u64 = 16 << 20;
+pub(super) const MAX_RECORD_BYTES: u64 = 16 << 20;
 
 /// What follows the end of a table, see [`Terminators`]: it ends the last line and stands on a line of its own.
 const SENTINEL: &[u8] = b"\n\0end of file\0\n";
 
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// A query, a document that answers it and any number of documents that do not.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -161,7 +161,7 @@ fn check_texts(pair: &Pair) -> std::result::Result<(), String> {
     }
 }
 
-fn not_utf8(what: &str, error: std::str::Utf8Error) -> String {
+pub(super) fn not_utf8(what: &str, error: std::str::Utf8Error) -> String {
     format!("{what} is not UTF-8 from byte {} on; convert the file to UTF-8", error.valid_up_to() + 1)
 }
 
@@ -212,7 +212,7 @@ fn roles<'a, T>(
     Ok(roles)
 }
 
-fn list_names<'a>(names: impl Iterator<Item = &'a str>) -> String {
+pub(super) fn list_names<'a>(names: impl Iterator<Item = &'a str>) -> String {
     const SHOWN: usize = 12;
     let mut names: Vec<String> = names.take(SHOWN + 1).map(|name| format!("`{}`", shorten(name))).collect();
     match names.len() {
@@ -234,37 +234,60 @@ fn shorten(name: &str) -> String {
 
 // JSON Lines
 
-/// The next line that is not blank, without its line end.
-fn next_line<'a>(
+/// Reads a line into the buffer, without the byte-order mark and its end; false at the end of the file. `expected` says
+/// what a line should have been where it is too long.
+pub(super) fn read_line(
     path: &Path,
-    reader: &mut BufReader<File>,
+    reader: &mut impl BufRead,
+    buffer: &mut Vec<u8>,
+    line: &mut usize,
+    expected: &str,
+) -> Result<bool> {
+    buffer.clear();
+    let read = reader
+        .by_ref()
+        .take(MAX_RECORD_BYTES + 1)
+        .read_until(b'\n', buffer)
+        .map_err(|error| Error::io(path, "read it", error))?;
+    if read == 0 {
+        return Ok(false);
+    }
+    *line += 1;
+    if read as u64 > MAX_RECORD_BYTES {
+        return Err(Error::line(path, *line, format!("longer than {} MiB, {expected}", MAX_RECORD_BYTES >> 20)));
+    }
+    if *line == 1 && buffer.starts_with(BYTE_ORDER_MARK) {
+        buffer.drain(..BYTE_ORDER_MARK.len());
+    }
+    if buffer.ends_with(b"\n") {
+        buffer.pop();
+    }
+    if buffer.ends_with(b"\r") {
+        buffer.pop();
+    }
+    Ok(true)
+}
+
+/// The next line that is not blank, without the white space at its end.
+pub(super) fn next_line<'a>(
+    path: &Path,
+    reader: &mut impl BufRead,
     buffer: &'a mut Vec<u8>,
     line: &mut usize,
 ) -> Result<Option<&'a [u8]>> {
-    loop {
-        buffer.clear();
-        let read = reader
-            .by_ref()
-            .take(MAX_RECORD_BYTES + 1)
-            .read_until(b'\n', buffer)
-            .map_err(|error| Error::io(path, "read it", error))?;
-        if read == 0 {
-            return Ok(None);
-        }
-        *line += 1;
-        if read as u64 > MAX_RECORD_BYTES {
-            return Err(Error::line(
-                path,
-                *line,
-                format!("longer than {} MiB, expected one JSON object per line", MAX_RECORD_BYTES >> 20),
-            ));
-        }
-        let has_mark = *line == 1 && buffer.starts_with(BYTE_ORDER_MARK);
-        let start = if has_mark { BYTE_ORDER_MARK.len() } else { 0 };
-        if !buffer[start..].trim_ascii().is_empty() {
-            return Ok(Some(buffer[start..].trim_ascii_end()));
+    while read_line(path, reader, buffer, line, "expected one JSON object per line")? {
+        if !buffer.trim_ascii().is_empty() {
+            return Ok(Some(buffer.trim_ascii_end()));
         }
     }
+    Ok(None)
+}
+
+/// What the parser of one line says, with the column; it calls every line line 1.
+pub(super) fn not_json(error: &serde_json::Error) -> String {
+    let what = error.to_string();
+    let what = what.split(" at line ").next().unwrap_or_default();
+    format!("not valid JSON at column {}: {what}", error.column())
 }
 
 fn parse_object(line: &[u8]) -> std::result::Result<Pair, String> {
@@ -274,10 +297,7 @@ fn parse_object(line: &[u8]) -> std::result::Result<Pair, String> {
         if text.trim_start().starts_with('[') {
             return "starts a JSON list, expected one object per line and no list around them".to_owned();
         }
-        // The parser knows only this line and calls it line 1.
-        let what = error.to_string();
-        let what = what.split(" at line ").next().unwrap_or_default();
-        format!("not valid JSON at column {}: {what}; {EXPECTED}", error.column())
+        format!("{}; {EXPECTED}", not_json(&error))
     })?;
     let Value::Object(object) = value else {
         return Err(format!("{} instead of a pair, {EXPECTED}", kind(&value)));
@@ -322,11 +342,11 @@ fn add_negatives(negatives: &mut Vec<String>, name: &str, value: &Value) -> std:
     Ok(())
 }
 
-fn text_of<'a>(name: &str, value: &'a Value) -> std::result::Result<&'a str, String> {
+pub(super) fn text_of<'a>(name: &str, value: &'a Value) -> std::result::Result<&'a str, String> {
     value.as_str().ok_or_else(|| format!("`{name}` is {}, expected a string", kind(value)))
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -347,7 +367,7 @@ fn kind(value: &Value) -> &'static str {
 /// `csv` also takes a quote that is never closed for the rest of the file and says nothing. So a last line is added to
 /// every file: if it comes back as a record of its own, all quotes were closed.
 #[derive(Debug)]
-struct Terminators<R> {
+pub(super) struct Terminators<R> {
     inner: R,
     /// Where carriage returns and line feeds stand, from the start of the current record on, and whether each is a
     /// line feed.
@@ -410,24 +430,47 @@ impl<R: Read> Read for Terminators<R> {
 }
 
 fn open_table(path: &Path, file: File, delimiter: u8) -> Result<(Source, usize)> {
+    let mut line = 0;
+    let (reader, header) = open_records(path, file, delimiter, &mut line)?;
+    let Some(header) = header else {
+        return Err(Error::file(path, "is empty, expected a header with the columns `query` and `document`"));
+    };
+    let columns = Columns::new(&header).map_err(|reason| Error::line(path, line, reason))?;
+    Ok((Source::Table { reader: Box::new(reader), columns, record: ByteRecord::new() }, line))
+}
+
+/// A reader of records, and the header if there is one.
+pub(super) fn open_records(
+    path: &Path,
+    file: File,
+    delimiter: u8,
+    line: &mut usize,
+) -> Result<(csv::Reader<Terminators<File>>, Option<ByteRecord>)> {
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(delimiter)
         .has_headers(false)
         .flexible(true)
         .from_reader(Terminators::new(file));
     let mut header = ByteRecord::new();
-    let mut line = 0;
-    // A header of one field cannot be right, so it may be any text: no number of fields is expected of it.
-    if !next_record(path, &mut reader, &mut header, &mut line, 0)? {
-        return Err(Error::file(path, "is empty, expected a header with the columns `query` and `document`"));
-    }
-    let columns = Columns::new(&header).map_err(|reason| Error::line(path, line, reason))?;
-    Ok((Source::Table { reader: Box::new(reader), columns, record: ByteRecord::new() }, line))
+    // Which columns there should be is the caller's to say: no number of fields is expected of a header.
+    let found = next_record(path, &mut reader, &mut header, line, 0)?;
+    Ok((reader, found.then_some(header)))
+}
+
+/// The names of a header's columns.
+pub(super) fn column_names(header: &ByteRecord) -> std::result::Result<Vec<String>, String> {
+    header
+        .iter()
+        .map(|name| match std::str::from_utf8(name) {
+            Ok(name) => Ok(name.trim().to_owned()),
+            Err(error) => Err(not_utf8("the header", error)),
+        })
+        .collect()
 }
 
 /// Reads the next record that is not blank; false at the end of the file. `width` is the number of fields a record
 /// should have, 0 for any.
-fn next_record(
+pub(super) fn next_record(
     path: &Path,
     reader: &mut csv::Reader<Terminators<File>>,
     record: &mut ByteRecord,
@@ -479,13 +522,7 @@ struct Columns {
 
 impl Columns {
     fn new(header: &ByteRecord) -> std::result::Result<Self, String> {
-        let names: Vec<String> = header
-            .iter()
-            .map(|name| match std::str::from_utf8(name) {
-                Ok(name) => Ok(name.trim().to_owned()),
-                Err(error) => Err(not_utf8("the header", error)),
-            })
-            .collect::<std::result::Result<_, _>>()?;
+        let names = column_names(header)?;
         let listed = || list_names(names.iter().map(String::as_str));
         let roles = roles(names.iter().zip(0..).map(|(name, i)| (name.as_str(), i)), listed)
             .map_err(|reason| format!("the header names {reason}; expected a header such as query,document"))?

@@ -17,12 +17,10 @@ use serde_json::json;
 use super::checkpoint::Checkpoint;
 use super::settings::{Length, TrainSettings};
 use super::step::Trainer;
-use crate::evaluate::{Beir, DEPTH, Metrics, top_k};
+use crate::evaluate::{Beir, EvaluationProgress, Metrics, evaluate};
 use crate::files::write_atomically;
 use crate::model::{Model, make_folder};
-use crate::nn::{
-    AdamW, AdamWSettings, Decay, DualEncoder, DualEncoderSettings, EncoderSettings, Schedule, Tower, Towers,
-};
+use crate::nn::{AdamW, AdamWSettings, Decay, DualEncoder, DualEncoderSettings, EncoderSettings, Schedule, Towers};
 use crate::report::{MetricsLog, loss_curve};
 use crate::text::{Batches, PairReader, TokenisedPairs, Tokenizer};
 use crate::{Device, Error, Objective, Result, Tensor};
@@ -453,7 +451,15 @@ impl<'a> Run<'a> {
 
     fn evaluate(&mut self, step: u64, watcher: &mut dyn Watcher) -> Result<Option<Metrics>> {
         let Some(beir) = self.beir.take() else { return Ok(None) };
-        let metrics = evaluate(&self.model, &beir, watcher)?;
+        let (queries, documents) = (beir.queries.len(), beir.documents.len());
+        let metrics = evaluate(&self.model, &beir, &mut |progress| {
+            let done = match progress {
+                EvaluationProgress::Queries { done, .. } => done,
+                EvaluationProgress::Documents { done, .. } => queries + done,
+                EvaluationProgress::Searching => queries + documents,
+            };
+            watcher.event(Event::Evaluating { done, total: queries + documents });
+        })?;
         self.beir = Some(beir);
         self.log.append(&json!({
             "step": step,
@@ -526,19 +532,4 @@ fn read_curve(path: &Path) -> Result<Vec<(u64, f32)>> {
     Ok(records
         .filter_map(|record| Some((record.get("step")?.as_u64()?, record.get("loss")?.as_f64()? as f32)))
         .collect())
-}
-
-fn evaluate(model: &Model, beir: &Beir, watcher: &mut dyn Watcher) -> Result<Metrics> {
-    let queries: Vec<&str> = beir.queries.iter().map(|query| query.text.as_str()).collect();
-    let documents: Vec<String> = beir.documents.iter().map(|document| document.full_text()).collect();
-    let total = queries.len() + documents.len();
-    let queries = model.embed(Tower::Query, &queries, &mut |done| watcher.event(Event::Evaluating { done, total }))?;
-    let before = beir.queries.len();
-    let documents = model.embed(Tower::Document, &documents, &mut |done| {
-        watcher.event(Event::Evaluating { done: before + done, total });
-    })?;
-    let ranks = beir.document_id_ranks();
-    let mut rankings = top_k(&queries, &documents, model.embedding_size(), DEPTH + 1, &ranks)?;
-    beir.leave_out_identical_ids(&mut rankings, DEPTH);
-    Metrics::of(&rankings, &beir.judgments, &ranks)
 }
