@@ -310,7 +310,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pairs.jsonl");
         std::fs::write(&path, lines.join("\n")).unwrap();
-        let tokenizer = Tokenizer::train(&words, 200).unwrap();
+        let tokenizer = Tokenizer::train(words, 200).unwrap();
         let pairs = TokenisedPairs::read(&path, &tokenizer, 8, 24, K, &mut |_| ()).unwrap();
         (tokenizer, pairs)
     }
