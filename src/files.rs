@@ -6,6 +6,9 @@ use std::path::Path;
 
 use crate::{Error, Result};
 
+/// What the names of files begin with that are not finished yet.
+const UNFINISHED: &str = ".nearfar-";
+
 /// Writes a file under a temporary name in the same folder, syncs it to disk and renames it to `path`.
 ///
 /// Whatever stood at `path` is replaced in one step or not at all: a full disk, a panic or a power cut half-way leaves
@@ -19,7 +22,7 @@ pub fn write_atomically(path: &Path, content: impl FnOnce(&mut dyn Write) -> std
         _ => Path::new("."),
     };
     let temporary = tempfile::Builder::new()
-        .prefix(".nearfar-")
+        .prefix(UNFINISHED)
         .tempfile_in(folder)
         .map_err(|error| Error::io(path, "create a file next to it", error))?;
     let mut writer = BufWriter::new(temporary);
@@ -40,6 +43,21 @@ pub fn write_atomically(path: &Path, content: impl FnOnce(&mut dyn Write) -> std
     // The rename itself must reach the disk too; a folder that cannot be synced (some file systems) is not an error.
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
+    }
+    Ok(())
+}
+
+/// Removes what [`write_atomically`] left in a folder where the process was killed half-way.
+///
+/// # Errors
+/// [`Error::File`] if the folder cannot be read or a file in it cannot be removed.
+pub(crate) fn remove_unfinished(folder: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, "read the folder", error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io(folder, "read the folder", error))?;
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            std::fs::remove_file(entry.path()).map_err(|error| Error::io(entry.path(), "remove it", error))?;
+        }
     }
     Ok(())
 }

@@ -190,7 +190,8 @@ impl Model {
         write_json(&folder.join("config.json"), &config)?;
         let log_scale = self.encoder.parameters().get(self.encoder.log_scale());
         let temperature = match log_scale {
-            Some(parameter) => (-f64::from(parameter.tensor().to_scalar()?)).exp(),
+            // To the digits that single precision has, so that 0.05 is written as it was given.
+            Some(parameter) => significant((-f64::from(parameter.tensor().to_scalar()?)).exp()),
             None => crate::objective::DEFAULT_TEMPERATURE,
         };
         let extra = Extra {
@@ -414,6 +415,11 @@ fn foreign_settings(folder: &Path, config: &Config) -> Result<Extra> {
 fn split_name(name: &str) -> Option<[String; 3]> {
     let (before, kind) = name.split_once(FUSED)?;
     Some(["query", "key", "value"].map(|part| format!("{before}attention.self.{part}.{kind}")))
+}
+
+/// A number to six significant digits.
+fn significant(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 fn load_weights(path: &Path, encoder: &mut DualEncoder) -> Result<()> {

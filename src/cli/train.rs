@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use nearfar::evaluate::Metrics;
-use nearfar::train::{Event, Outcome, TrainSettings, Watcher};
+use nearfar::train::{Checkpoint, Event, Outcome, TrainSettings, Watcher};
 use serde_json::json;
 
 use super::{DeviceArgs, OutputArgs};
@@ -53,12 +53,27 @@ pub(crate) struct Train {
     print: OutputArgs,
 }
 
+/// Options of which a model folder has its own value; given with one they would have no effect.
+const BROUGHT_BY_MODEL: [&str; 11] = [
+    "tokenizer",
+    "vocabulary_size",
+    "towers",
+    "projection",
+    "layers",
+    "hidden_size",
+    "heads",
+    "feed_forward_size",
+    "pooling",
+    "dropout",
+    "attention_dropout",
+];
+
 /// Makes the options that override settings, and what applies them.
 macro_rules! settings {
     ($($(#[$attribute:meta])* $field:ident: $type:ty $(=> $wrap:ident)?,)*) => {
         #[derive(Debug, Args)]
         struct Settings {
-            $($(#[$attribute])* #[arg(long)] $field: Option<$type>,)*
+            $($(#[$attribute])* #[arg(long, allow_negative_numbers = true)] $field: Option<$type>,)*
         }
 
         impl Settings {
@@ -121,8 +136,8 @@ settings! {
     #[arg(value_name = "E", help_heading = "Objective")]
     label_smoothing: f64,
 
-    /// Model folder to start from instead of random weights
-    #[arg(value_name = "FOLDER", help_heading = "Model")]
+    /// Model folder to start from instead of random weights; it brings its tokenizer and its shape
+    #[arg(value_name = "FOLDER", help_heading = "Model", conflicts_with_all = BROUGHT_BY_MODEL)]
     model: PathBuf => Some,
     /// What the two towers share: shared (everything), separate or shared-projection [default: shared]
     #[arg(value_name = "WHAT", help_heading = "Model")]
@@ -196,19 +211,27 @@ impl Train {
     pub(crate) fn run(&self) -> Result<()> {
         let device = self.device.open()?;
         let mut watcher = Bar::new()?;
+        let output = match &self.output {
+            Some(output) => output.clone(),
+            None if self.resume => DEFAULT_OUTPUT.into(),
+            None => unused(Path::new(DEFAULT_OUTPUT)),
+        };
         let outcome = if self.resume {
-            let output = self.output.clone().unwrap_or_else(|| DEFAULT_OUTPUT.into());
             if !output.is_dir() {
                 bail!("--resume: there is no folder {}; name the one of the training with --output", output.display());
             }
-            let settings = output.join("training.toml");
-            let settings =
-                if settings.exists() { Some(self.settings(TrainSettings::from_toml(&settings)?)?) } else { None };
+            let (settings, checkpoint) = (output.join("training.toml"), output.join("checkpoint.safetensors"));
+            let settings = if settings.exists() {
+                Some(self.settings(TrainSettings::from_toml(&settings)?)?)
+            } else if checkpoint.exists() {
+                Some(self.settings(Checkpoint::read(&checkpoint)?.0.settings)?)
+            } else {
+                None
+            };
             nearfar::train::resume(settings.as_ref(), &output, &device, &mut watcher)
         } else {
-            let output = self.output.clone().unwrap_or_else(|| unused(Path::new(DEFAULT_OUTPUT)));
             let settings = self.settings(TrainSettings::default())?;
-            if !settings.pairs.exists() && self.settings.pairs.is_none() {
+            if settings.pairs == TrainSettings::default().pairs && !settings.pairs.exists() {
                 bail!(
                     "there is no {} here; run from the project's folder, or give your own pairs with --pairs",
                     settings.pairs.display()
@@ -217,7 +240,13 @@ impl Train {
             nearfar::train::train(&settings, &output, &device, &mut watcher)
         };
         watcher.clear();
-        let outcome = outcome?;
+        let outcome = match outcome {
+            Err(nearfar::Error::Interrupted { step, .. }) => {
+                let output = output.display();
+                bail!("stopped after step {step}; go on with: nearfar train --resume --output {output}");
+            }
+            outcome => outcome?,
+        };
         self.print.print(&summary(&outcome), || describe(&outcome))
     }
 
@@ -299,6 +328,8 @@ fn describe(outcome: &Outcome) -> String {
 /// Shows a training on stderr and stops it on Ctrl-C.
 struct Bar {
     bar: ProgressBar,
+    /// Steps that earlier runs made.
+    done_steps: u64,
     total_steps: u64,
     stop: Arc<AtomicBool>,
 }
@@ -312,9 +343,10 @@ impl Bar {
             if asked.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
+            tracing::info!("stopping after the next step, with a checkpoint; a second Ctrl-C stops at once");
         })
         .context("cannot listen for Ctrl-C")?;
-        Ok(Self { bar: ProgressBar::hidden(), total_steps: 0, stop })
+        Ok(Self { bar: ProgressBar::hidden(), done_steps: 0, total_steps: 0, stop })
     }
 
     fn clear(&self) {
@@ -355,7 +387,7 @@ impl Watcher for Bar {
             }
             Event::Ready { device, objective, parameters, vocabulary_size, pairs, done_steps, total_steps } => {
                 self.bar.finish_and_clear();
-                self.total_steps = total_steps;
+                (self.done_steps, self.total_steps) = (done_steps, total_steps);
                 self.say(&format!("{pairs} pairs, {vocabulary_size} tokens, {parameters} parameters, on {device}"));
                 self.say(&format!("{objective}"));
                 if done_steps > 0 {
@@ -388,7 +420,8 @@ impl Watcher for Bar {
                 self.bar.set_message(format!("loss {loss:.4}  {rate:.0} pairs/s"));
                 // Where there is no bar, a line now and then.
                 if self.bar.is_hidden() && (step == 1 || step % (self.total_steps / 10).max(1) == 0) {
-                    let left = seconds / step.max(1) as f64 * (self.total_steps - step) as f64;
+                    let own_steps = step.saturating_sub(self.done_steps).max(1);
+                    let left = seconds / own_steps as f64 * self.total_steps.saturating_sub(step) as f64;
                     self.say(&format!(
                         "step {step}/{}: loss {loss:.4}, {rate:.0} pairs/s, about {left:.0} s left",
                         self.total_steps

@@ -35,10 +35,10 @@ impl MetricsLog {
 
     /// Goes on with a log as it stood after `last_step`.
     ///
-    /// Every record whose `step` lies beyond `last_step` is dropped: the steps that follow a checkpoint are done again
-    /// when training resumes from it. So is the last line if it is not a complete record, as a crash leaves it. Records
-    /// without a `step` stay, and what stays is kept byte for byte. The file is replaced in one step or not at all. A
-    /// missing file is taken as an empty one.
+    /// Every record whose `step` lies beyond `last_step` is dropped, and so is all that follows the first record of
+    /// `last_step`: what came after a checkpoint, be it steps or an evaluation, is done again when training resumes from
+    /// it. The last line is dropped too if it is not a complete record, as a crash leaves it. What stays is kept byte
+    /// for byte. The file is replaced in one step or not at all. A missing file is taken as an empty one.
     ///
     /// # Errors
     /// [`Error::Line`] if a line other than the last is not a JSON object or if a `step` is not a whole number;
@@ -56,6 +56,7 @@ impl MetricsLog {
             lines.pop();
         }
         let mut kept = Vec::with_capacity(content.len());
+        let mut reached = false;
         for (number, line) in lines {
             let record = parse(line).map_err(|reason| Error::line(path, number, reason))?;
             let step = match record.get("step") {
@@ -65,9 +66,10 @@ impl MetricsLog {
                         .ok_or_else(|| Error::line(path, number, format!("the step `{step}` is not a whole number")))?,
                 ),
             };
-            if step.is_none_or(|step| step <= last_step) {
+            if !reached && step.is_none_or(|step| step <= last_step) {
                 kept.extend_from_slice(line);
                 kept.push(b'\n');
+                reached = step == Some(last_step);
             }
         }
         write_atomically(path, |file| file.write_all(&kept))?;
@@ -153,12 +155,12 @@ mod tests {
     #[test]
     fn resuming_drops_what_comes_after_the_checkpoint() {
         let (_folder, path) =
-            file(b"{\"seed\": 7}\n{\"step\": 1}\r\n\n{\"step\":2}\n{\"step\":3}\n{\"step\":2,\"x\":1}\n");
+            file(b"{\"seed\": 7}\n{\"step\": 1}\r\n\n{\"step\":2}\n{\"step\":2,\"x\":1}\n{\"x\":1}\n{\"step\":3}\n");
         let mut log = MetricsLog::resume(&path, 2).unwrap();
         log.append(&json!({"step": 3, "again": true})).unwrap();
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
-            "{\"seed\": 7}\n{\"step\": 1}\r\n{\"step\":2}\n{\"step\":2,\"x\":1}\n{\"step\":3,\"again\":true}\n"
+            "{\"seed\": 7}\n{\"step\": 1}\r\n{\"step\":2}\n{\"step\":3,\"again\":true}\n"
         );
     }
 

@@ -276,7 +276,7 @@ impl Batches {
         seed: u64,
         duplicates: Duplicates,
     ) -> Result<Self> {
-        let refuse = |reason: String| Err(Error::setting("batch_size", reason));
+        let refuse = |reason: String| Err(Error::setting("batch-size", reason));
         let pairs = query_keys.len();
         if batch_size == 0 {
             return refuse("0 pairs make no batch, expected at least 1".into());
@@ -520,7 +520,7 @@ mod tests {
             Batches::from_keys(queries, documents, size, 0, duplicates).map(|_| ()).map_err(|error| error.to_string())
         };
         let four = [1, 2, 3, 4];
-        assert!(new(0, &four, &four, Duplicates::Keep).unwrap_err().contains("`batch_size`: 0"));
+        assert!(new(0, &four, &four, Duplicates::Keep).unwrap_err().contains("`batch-size`: 0"));
         let error = new(5, &four, &four, Duplicates::Keep).unwrap_err();
         assert!(error.contains("5 is more than the 4 pairs"), "{error}");
         let error = new(3, &four, &[1, 1, 2, 2], Duplicates::Avoid).unwrap_err();

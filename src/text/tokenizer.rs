@@ -116,7 +116,7 @@ impl Tokenizer {
         let least = SPECIAL_TOKENS.len() + 2;
         if vocabulary_size < least || u32::try_from(vocabulary_size).is_err() {
             return Err(Error::setting(
-                "vocabulary_size",
+                "vocabulary-size",
                 format!("{vocabulary_size} is out of range, expected {least} to {}", u32::MAX),
             ));
         }
@@ -427,7 +427,7 @@ mod tests {
         assert!(tokenizer.encode_batch(&["the mean"], 0).is_err());
         assert_eq!(tokenizer.encode("the mean", 3).unwrap().len(), 3);
         let error = Tokenizer::train(TEXTS, 6).unwrap_err().to_string();
-        assert!(error.contains("`vocabulary_size`: 6 is out of range"), "{error}");
+        assert!(error.contains("`vocabulary-size`: 6 is out of range"), "{error}");
         let error = Tokenizer::train([" ", "\n"], 100).unwrap_err().to_string();
         assert!(error.contains("hold no word"), "{error}");
         assert!(Tokenizer::train(Vec::<String>::new(), 100).is_err());

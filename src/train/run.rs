@@ -18,7 +18,7 @@ use super::checkpoint::Checkpoint;
 use super::settings::{Length, TrainSettings};
 use super::step::Trainer;
 use crate::evaluate::{Beir, EvaluationProgress, Metrics, evaluate};
-use crate::files::write_atomically;
+use crate::files::{remove_unfinished, write_atomically};
 use crate::model::{Model, make_folder};
 use crate::nn::{AdamW, AdamWSettings, Decay, DualEncoder, DualEncoderSettings, EncoderSettings, Schedule, Towers};
 use crate::report::{MetricsLog, loss_curve};
@@ -135,12 +135,15 @@ const SETTINGS: &str = "training.toml";
 /// being finite (the last checkpoint is kept), [`Error::Interrupted`] if the watcher wants to stop.
 pub fn train(settings: &TrainSettings, output: &Path, device: &Device, watcher: &mut dyn Watcher) -> Result<Outcome> {
     settings.check()?;
-    let occupied =
-        || Error::file(output, "is not empty; resume the training that is in it, or choose another output folder");
     match std::fs::read_dir(output) {
         Ok(mut entries) => {
             if entries.next().is_some() {
-                return Err(occupied());
+                let reason = if output.join(CHECKPOINT).exists() {
+                    "holds a training already; resume that, or choose another output folder"
+                } else {
+                    "is not empty; choose another output folder"
+                };
+                return Err(Error::file(output, reason));
             }
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -165,7 +168,7 @@ pub fn resume(
 ) -> Result<Outcome> {
     let path = output.join(CHECKPOINT);
     if !path.exists() {
-        let reason = "holds no checkpoint to resume from; train without resuming to begin";
+        let reason = "holds no checkpoint to resume from; train into another output folder, from the beginning";
         return Err(Error::file(output, reason));
     }
     let (checkpoint, bytes) = Checkpoint::read(&path)?;
@@ -285,6 +288,7 @@ impl<'a> Run<'a> {
         let log = match &checkpoint {
             Some((checkpoint, bytes)) => {
                 checkpoint.restore(&output.join(CHECKPOINT), bytes, &mut encoder, &mut optimizer)?;
+                remove_unfinished(output)?;
                 done = checkpoint.step;
                 last_loss = checkpoint.loss;
                 MetricsLog::resume(output.join(METRICS), done)?
@@ -397,8 +401,7 @@ impl<'a> Run<'a> {
                     watcher.event(Event::Checkpoint { step });
                 }
                 if stop && step < total {
-                    let advice =
-                        format!("everything is saved in {}; go on with --resume --output {0}", self.output.display());
+                    let advice = format!("{} holds everything to resume from there", self.output.display());
                     return Err(Error::Interrupted { step, advice });
                 }
             }
@@ -423,22 +426,33 @@ impl<'a> Run<'a> {
             }
             self.log.append(&record)?;
             if !loss.is_finite() {
-                let path = self.output.join(CHECKPOINT);
-                let kept = match Checkpoint::read(&path) {
-                    Ok((checkpoint, _)) => {
-                        format!("the checkpoint of step {} is kept in {}", checkpoint.step, path.display())
-                    }
-                    Err(_) => "there was no checkpoint yet".into(),
-                };
-                let advice = format!("{kept}; try a lower learning rate, a higher temperature or a longer warm-up");
-                return Err(Error::Diverged { step, loss, advice });
+                return Err(Error::Diverged { step, loss, advice: self.advice_on_divergence() });
             }
             self.last_loss = loss;
         }
         Ok(())
     }
 
+    /// What is left of a training whose numbers are no longer finite, and what to try.
+    fn advice_on_divergence(&self) -> String {
+        let path = self.output.join(CHECKPOINT);
+        let kept = match Checkpoint::read(&path) {
+            Ok((checkpoint, _)) => format!("the checkpoint of step {} is kept in {}", checkpoint.step, path.display()),
+            Err(_) => "there was no checkpoint yet".into(),
+        };
+        format!("{kept}; try a lower learning rate, a higher temperature or a longer warm-up")
+    }
+
     fn save_checkpoint(&mut self, step: u64) -> Result<()> {
+        // The loss of a step is that of the weights before it: a step can have a finite loss and spoil the weights, and
+        // they must not replace good ones.
+        for parameter in self.model.encoder.parameters().iter() {
+            if parameter.tensor().to_host::<f32>()?.iter().any(|value| !value.is_finite()) {
+                let (name, advice) = (parameter.name(), self.advice_on_divergence());
+                let reason = format!("are no longer finite after step {step}, first in `{name}`; {advice}");
+                return Err(Error::value("training", "weights", reason));
+            }
+        }
         let checkpoint = Checkpoint::new(
             (step, self.schedule.total_steps),
             &self.settings,
@@ -511,11 +525,14 @@ fn train_tokenizer(settings: &TrainSettings) -> Result<Tokenizer> {
     }
 }
 
-/// A number that changes when the pairs do (FNV-1a over their tokens).
+/// A number that changes when the pairs do (FNV-1a over their tokens, and over the hashes of their texts, by which
+/// duplicates are known).
 fn fingerprint(pairs: &TokenisedPairs) -> u64 {
     let mut hash = 0xCBF2_9CE4_8422_2325_u64;
     let mut mix = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01B3);
     for pair in 0..pairs.len() {
+        mix(pairs.query_key(pair));
+        mix(pairs.document_key(pair));
         let negatives = (0..pairs.hard_negatives()).map(|which| pairs.negative(pair, which));
         for text in [pairs.query(pair), pairs.document(pair)].into_iter().chain(negatives) {
             mix(text.len() as u64);

@@ -157,7 +157,8 @@ impl TrainSettings {
     pub fn from_toml(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, "read it", error))?;
         toml::from_str(&text).map_err(|error| {
-            let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = 1 + before.matches('\n').count();
             Error::line(path, line, error.message().to_owned())
         })
     }
@@ -193,7 +194,22 @@ impl TrainSettings {
             }
         };
         at_least("batch-size", self.batch_size, 1)?;
-        at_least("layers", self.layers, 1)?;
+        // A model that is loaded brings its own shape.
+        if self.model.is_none() {
+            at_least("layers", self.layers, 1)?;
+            at_least("hidden-size", self.hidden_size, 1)?;
+            at_least("heads", self.heads, 1)?;
+            at_least("feed-forward-size", self.feed_forward_size, 1)?;
+            if !self.hidden_size.is_multiple_of(self.heads) {
+                let reason = format!("is {}, which does not divide the hidden size {}", self.heads, self.hidden_size);
+                return Err(Error::setting("heads", reason));
+            }
+            for (setting, value) in [("dropout", self.dropout), ("attention-dropout", self.attention_dropout)] {
+                if !(0.0..1.0).contains(&value) {
+                    return Err(Error::setting(setting, format!("is {value}; it must be at least 0 and below 1")));
+                }
+            }
+        }
         at_least("max-query-length", self.max_query_length, 3)?;
         at_least("max-document-length", self.max_document_length, 3)?;
         at_least("inference-query-length", self.query_length(), 3)?;
@@ -211,7 +227,19 @@ impl TrainSettings {
         if !(0.0..=1.0).contains(&self.warmup) {
             return Err(Error::setting("warmup", format!("is {}; it must be a share from 0 to 1", self.warmup)));
         }
-        Ok(())
+        // The settings are kept as TOML, whose whole numbers are signed.
+        let counts = [
+            ("seed", self.seed),
+            ("epochs", self.epochs.unwrap_or(1)),
+            ("steps", self.steps.unwrap_or(1)),
+            ("checkpoint-every", self.checkpoint_every),
+        ];
+        for (setting, value) in counts {
+            if i64::try_from(value).is_err() {
+                return Err(Error::setting(setting, format!("is {value}; it must be at most {}", i64::MAX)));
+            }
+        }
+        self.to_toml().map(drop)
     }
 
     /// The objective.
@@ -264,9 +292,16 @@ impl TrainSettings {
     }
 
     /// Names the first setting that decides the course of a training and differs from that of another, with both
-    /// values. Where files lie, how much memory is used and how often checkpoints are written may differ.
+    /// values. Where files lie and how often checkpoints are written may differ.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
-        let table = |settings: &Self| toml::Table::try_from(settings).unwrap_or_default();
+        let table = |settings: &Self| {
+            let mut settings = settings.clone();
+            if let (None, None) = (settings.epochs, settings.steps) {
+                settings.epochs = Some(DEFAULT_EPOCHS);
+            }
+            // By way of the text, which has the digits that were given, where a table has all those of an f64.
+            settings.to_toml().ok().and_then(|text| text.parse::<toml::Table>().ok()).unwrap_or_default()
+        };
         let (mine, theirs) = (table(self), table(other));
         let free = ["pairs", "evaluate-on", "checkpoint-every", "tokenizer", "model"];
         let mut names: Vec<&String> = mine.keys().chain(theirs.keys()).collect();
@@ -320,6 +355,12 @@ mod tests {
         assert!(message(|s| s.duplicates = "drop".into()).contains("avoid, mask, keep"));
         assert!(message(|s| s.pooling = "max".into()).contains("mean, cls"));
         assert!(message(|s| s.decay = "step".into()).contains("constant, linear, cosine"));
+        assert!(message(|s| s.heads = 3).contains("`heads`: is 3, which does not divide the hidden size 128"));
+        assert!(message(|s| s.heads = 0).contains("`heads`: is 0"));
+        assert!(message(|s| s.dropout = 1.0).contains("`dropout`: is 1"));
+        assert!(message(|s| s.attention_dropout = f32::NAN).contains("`attention-dropout`"));
+        assert!(message(|s| s.seed = u64::MAX).contains("`seed`: is 18446744073709551615"));
+        assert!(message(|s| s.steps = Some(u64::MAX)).contains("`steps`: is 18446744073709551615"));
     }
 
     #[test]
@@ -330,6 +371,12 @@ mod tests {
         let other = TrainSettings { seed: 2, ..settings.clone() };
         assert_eq!(settings.difference(&other), Some(("seed".into(), "1".into(), "2".into())));
         let longer = TrainSettings { epochs: Some(9), ..settings.clone() };
-        assert_eq!(settings.difference(&longer), Some(("epochs".into(), "not set".into(), "9".into())));
+        assert_eq!(settings.difference(&longer), Some(("epochs".into(), "6".into(), "9".into())));
+        let told = TrainSettings { epochs: Some(DEFAULT_EPOCHS), ..settings.clone() };
+        assert_eq!(settings.difference(&told), None);
+        let dropped = TrainSettings { dropout: 0.2, ..settings.clone() };
+        assert_eq!(settings.difference(&dropped), Some(("dropout".into(), "0.1".into(), "0.2".into())));
+        let steps = TrainSettings { steps: Some(9), ..settings.clone() };
+        assert_eq!(settings.difference(&steps), Some(("epochs".into(), "6".into(), "not set".into())));
     }
 }

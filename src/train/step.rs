@@ -277,3 +277,214 @@ fn copy_rows(
         accumulate: false,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::operations::Pooling;
+    use crate::nn::{AdamWSettings, DualEncoderSettings, EncoderSettings};
+    use crate::text::Tokenizer;
+    use crate::{Error, Similarity};
+
+    const K: usize = 2;
+
+    /// Pairs of different lengths with two hard negatives each; some of them share a query or a document.
+    fn pairs(count: usize) -> (Tokenizer, TokenisedPairs) {
+        let words = ["red", "green", "blue", "house", "tree", "river", "stone", "cloud", "bird", "road"];
+        let text = |seed: usize, longest: usize| -> String {
+            let length = 1 + seed * 7 % longest;
+            (0..length).map(|i| words[(seed * seed + 3 * i * seed + i) % words.len()]).collect::<Vec<_>>().join(" ")
+        };
+        let lines: Vec<String> = (0..count)
+            .map(|i| {
+                // The third pair repeats a query, the sixth a document.
+                let (query, document) = (if i == 2 { 1 } else { i + 1 }, if i == 5 { 104 } else { i + 100 });
+                let pair = serde_json::json!({
+                    "query": text(query, 5),
+                    "document": text(document, 23),
+                    "negatives": [text(i + 300, 11), text(i + 400, 17)],
+                });
+                pair.to_string()
+            })
+            .collect();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pairs.jsonl");
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let tokenizer = Tokenizer::train(words, 200).unwrap();
+        let pairs = TokenisedPairs::read(&path, &tokenizer, 8, 24, K, &mut |_| ()).unwrap();
+        (tokenizer, pairs)
+    }
+
+    struct Case {
+        towers: Towers,
+        objective: &'static str,
+        similarity: Similarity,
+        mask_ids: bool,
+        mini_batch_size: usize,
+        hidden_size: usize,
+        dropout: f32,
+        seed: u64,
+    }
+
+    impl Case {
+        fn new(towers: Towers) -> Self {
+            Self {
+                towers,
+                objective: "samtone-bidirectional",
+                similarity: Similarity::Cosine,
+                mask_ids: true,
+                mini_batch_size: 0,
+                hidden_size: 16,
+                dropout: 0.2,
+                seed: 4,
+            }
+        }
+
+        fn start(&self, tokenizer: &Tokenizer) -> Result<(DualEncoder, Trainer)> {
+            let encoder = EncoderSettings {
+                vocabulary_size: tokenizer.id_bound(),
+                hidden_size: self.hidden_size,
+                layers: 2,
+                heads: 2,
+                feed_forward_size: 2 * self.hidden_size,
+                max_positions: 24,
+                token_types: 2,
+                layer_norm_epsilon: 1e-12,
+                dropout: self.dropout,
+                attention_dropout: self.dropout,
+                pooling: Pooling::Mean,
+            };
+            let projection = (self.towers == Towers::SharedProjection).then_some(12);
+            let settings = DualEncoderSettings { encoder, towers: self.towers, projection };
+            let objective = Objective::named(self.objective)?.temperature(0.1)?.similarity(self.similarity);
+            let encoder = DualEncoder::new(&Device::cpu(), settings, objective.log_scale() as f32, 4)?;
+            let optimizer = AdamW::new(encoder.parameters(), AdamWSettings::default())?;
+            let trainer =
+                Trainer::new(&encoder, optimizer, objective, (true, self.mask_ids), self.mini_batch_size, self.seed)?;
+            Ok((encoder, trainer))
+        }
+
+        /// The loss of a batch and its gradients by name.
+        fn gradients(&self, batch: &[u32]) -> (f32, Vec<(String, Vec<f32>)>) {
+            let (tokenizer, pairs) = pairs(11);
+            let (encoder, mut trainer) = self.start(&tokenizer).unwrap();
+            let loss = trainer.gradients(&encoder, &pairs, batch).unwrap().to_scalar().unwrap();
+            let gradients = trainer.last_gradients().unwrap();
+            let names = encoder.parameters().iter().map(|parameter| parameter.name().to_owned());
+            (loss, names.zip(gradients.iter().map(|gradient| gradient.to_host::<f32>().unwrap())).collect())
+        }
+
+        /// The losses of some steps and all parameters after them.
+        fn train(&self, count: usize, steps: usize) -> Vec<f32> {
+            let (tokenizer, pairs) = pairs(count);
+            let (mut encoder, mut trainer) = self.start(&tokenizer).unwrap();
+            let batch: Vec<u32> = (0..count as u32).collect();
+            let mut all = Vec::new();
+            for _ in 0..steps {
+                let loss = trainer.step(&mut encoder, &pairs, &batch, 1e-3).unwrap();
+                all.push(loss.to_scalar().unwrap());
+            }
+            for parameter in encoder.parameters().iter() {
+                all.extend(parameter.tensor().to_host::<f32>().unwrap());
+            }
+            all
+        }
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[track_caller]
+    fn assert_same_step(case: &Case) {
+        let batch = [7, 2, 0, 5, 9, 1, 4, 10];
+        let (loss, expected) = Case { mini_batch_size: 0, ..*case }.gradients(&batch);
+        let (cached_loss, found) = case.gradients(&batch);
+        let what = format!("{} {} in parts of {}", case.towers, case.objective, case.mini_batch_size);
+        assert!((cached_loss - loss).abs() <= 1e-5 * loss.abs(), "{what}: {cached_loss}, not {loss}");
+        assert_eq!(found.len(), expected.len());
+        let largest = expected.iter().flat_map(|(_, gradient)| gradient).fold(0.0f32, |max, g| max.max(g.abs()));
+        for ((name, expected), (_, found)) in expected.iter().zip(&found) {
+            assert_eq!(found.len(), expected.len());
+            let error = expected.iter().zip(found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(error <= 1e-5 * largest, "{what}: {name} is off by {error}, the largest gradient is {largest}");
+            let own = expected.iter().fold(0.0f32, |max, g| max.max(g.abs()));
+            assert!(own > 0.0, "{what}: {name} has no gradient, so nothing is compared");
+        }
+    }
+
+    #[test]
+    fn gradient_caching_makes_the_step_of_the_whole_batch() {
+        for towers in [Towers::Shared, Towers::Separate, Towers::SharedProjection] {
+            // One pair at a time, parts that do not fill the batch, and parts that do.
+            for mini_batch_size in [1, 3, 4, 7] {
+                assert_same_step(&Case { mini_batch_size, ..Case::new(towers) });
+            }
+            assert_same_step(&Case {
+                mini_batch_size: 3,
+                similarity: Similarity::Dot,
+                mask_ids: false,
+                ..Case::new(towers)
+            });
+        }
+        for objective in Objective::NAMES {
+            assert_same_step(&Case { mini_batch_size: 3, objective, ..Case::new(Towers::Separate) });
+        }
+    }
+
+    #[test]
+    fn the_comparison_above_would_notice_what_it_is_about() {
+        let batch = [7, 2, 0, 5, 9, 1, 4, 10];
+        let case = Case::new(Towers::Separate);
+        let (loss, gradients) = case.gradients(&batch);
+        for (what, other) in [
+            ("dropout", Case { dropout: 0.0, ..case }),
+            ("the seed of dropout", Case { seed: 5, ..case }),
+            // Pairs 2 and 1 have the same query.
+            ("masking", Case { mask_ids: false, ..case }),
+        ] {
+            let (other_loss, other_gradients) = other.gradients(&batch);
+            assert!((other_loss - loss).abs() > 1e-4 * loss, "{what} makes no difference: {other_loss}, {loss}");
+            assert_ne!(other_gradients, gradients, "{what}");
+        }
+        let temperature = gradients.iter().find(|(name, _)| name == "log_scale").unwrap();
+        assert!(temperature.1[0] != 0.0);
+    }
+
+    #[test]
+    fn a_step_follows_from_the_seed() {
+        let case = Case::new(Towers::Shared);
+        let first = case.train(8, 3);
+        assert!(first.iter().all(|value| value.is_finite()));
+        assert_eq!(bits(&case.train(8, 3)), bits(&first));
+        let other = Case { seed: 5, ..case }.train(8, 3);
+        assert_ne!(bits(&other[..1]), bits(&first[..1]), "the first loss does not depend on the seed");
+    }
+
+    #[test]
+    fn a_step_does_not_depend_on_the_number_of_threads() {
+        // Large enough that every kernel splits its work.
+        for mini_batch_size in [0, 20] {
+            let case = Case { hidden_size: 64, mini_batch_size, ..Case::new(Towers::Separate) };
+            let with = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                bits(&pool.install(|| case.train(64, 2)))
+            };
+            let one = with(1);
+            for threads in [2, 5] {
+                assert!(with(threads) == one, "{threads} threads make another step than one");
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_batch_is_an_error() {
+        for mini_batch_size in [0, 3] {
+            let (tokenizer, pairs) = pairs(4);
+            let case = Case { mini_batch_size, ..Case::new(Towers::Shared) };
+            let (encoder, mut trainer) = case.start(&tokenizer).unwrap();
+            let error = trainer.gradients(&encoder, &pairs, &[]).unwrap_err();
+            assert!(matches!(error, Error::Value { .. }), "{error}");
+        }
+    }
+}
