@@ -69,7 +69,14 @@ pub(super) fn forward(arguments: MatMul<'_>) -> Result<()> {
         return finish(output, n, bias, activation);
     }
 
-    let b = view(b, k, n, transpose_b);
+    // A transposed matrix would be brought into order by every task; where it is small beside the other it is done once.
+    let ordered;
+    let b = if transpose_b && m >= 4 * k.max(n) {
+        ordered = transposed(b, n, k);
+        MatRef::new(&ordered, k, n, n)
+    } else {
+        view(b, k, n, transpose_b)
+    };
     let task_rows = task_size(m);
     let product = |task: usize, output: &mut [f32]| {
         let (first, rows) = (task * task_rows, output.len() / n);
@@ -111,6 +118,22 @@ pub(super) fn forward(arguments: MatMul<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A matrix of rows and columns, in columns and rows; by squares that fit in the cache.
+fn transposed(input: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    const SQUARE: usize = 16;
+    let mut output = vec![0.0; rows * columns];
+    for first_row in (0..rows).step_by(SQUARE) {
+        for first_column in (0..columns).step_by(SQUARE) {
+            for row in first_row..rows.min(first_row + SQUARE) {
+                for column in first_column..columns.min(first_column + SQUARE) {
+                    output[column * rows + row] = input[row * columns + column];
+                }
+            }
+        }
+    }
+    output
 }
 
 /// Bias and activation of a product that was summed in parts.
