@@ -195,6 +195,14 @@ impl Tape {
             return Err(Error::value(OPERATION, "variable", "needs no gradient: nothing it was computed from does"));
         };
         drop(from);
+        let indices = self.destinations.iter().filter_map(|destination| match destination {
+            Destination::Parameter(index) => Some(*index),
+            _ => None,
+        });
+        if let Some(index) = indices.max().filter(|&index| index >= parameters.tensors.len()) {
+            let reason = format!("are {}, but the tape has a parameter number {index}", parameters.tensors.len());
+            return Err(Error::value(OPERATION, "parameters", reason));
+        }
         let mut gradients = Gradients {
             device: self.device,
             intermediate: self.destinations.iter().map(|_| None).collect(),
@@ -493,6 +501,18 @@ mod tests {
         let mut parameters = ParameterGradients::new(&device, []).unwrap();
         let error = tape.backward(output, None, &mut parameters).unwrap_err();
         assert!(error.to_string().contains("needs no gradient"), "{error}");
+    }
+
+    #[test]
+    fn a_parameter_without_a_gradient_is_refused() {
+        let device = Device::cpu();
+        let tensor = device.tensor(&[3.0f32], [1]).unwrap();
+        let mut tape = Tape::new(&device);
+        let parameter = tape.parameter(&tensor, 2);
+        let output = twice(&mut tape, &parameter);
+        let mut parameters = ParameterGradients::new(&device, [tensor.shape()]).unwrap();
+        let error = tape.backward(output, None, &mut parameters).unwrap_err();
+        assert_eq!(error.to_string(), "backward: `parameters` are 1, but the tape has a parameter number 2");
     }
 
     #[test]

@@ -29,8 +29,9 @@ pub const fn uniform(word: u32) -> f32 {
 
 /// Which elements of a matrix are dropped, and where in the random stream it stands.
 ///
-/// Element (r, c) is dropped when word `c % 4` of `philox([c / 4, row_offset + r, site, step], seed)` is below
-/// `probability · 2³²`.
+/// A random word decides about two elements, 16 bits each: element (r, c) is dropped when half `c % 2` (the low one
+/// first) of word `c % 8 / 2` of `philox([c / 8, row_offset + r, site, step], seed)` is below `probability · 2¹⁶`,
+/// rounded. What is kept is scaled by the probability as it was rounded, so that means are kept exactly.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
     /// How likely an element is dropped, at least 0 and below 1.
@@ -52,21 +53,22 @@ impl Dropout {
         [self.seed as u32, (self.seed >> 32) as u32]
     }
 
-    /// Words below this drop their element.
-    pub fn threshold(&self) -> u32 {
-        (f64::from(self.probability) * 4_294_967_296.0) as u32
+    /// Halves of random words below this drop their element.
+    pub fn threshold(&self) -> u16 {
+        (f64::from(self.probability) * 65_536.0).round().min(65_535.0) as u16
     }
 
     /// What the elements that stay are multiplied with.
     pub fn scale(&self) -> f32 {
-        1.0 / (1.0 - self.probability)
+        65_536.0 / (65_536.0 - f32::from(self.threshold()))
     }
 
     /// What element (row, column) is multiplied with: 0 or [`scale`](Self::scale). The definition; slow.
     pub fn factor(&self, row: u32, column: u32) -> f32 {
-        let counter = [column / 4, self.row_offset.wrapping_add(row), self.site, self.step];
-        let word = philox(counter, self.key())[column as usize % 4];
-        if word < self.threshold() { 0.0 } else { self.scale() }
+        let counter = [column / 8, self.row_offset.wrapping_add(row), self.site, self.step];
+        let word = philox(counter, self.key())[column as usize % 8 / 2];
+        let half = (word >> (16 * (column % 2))) as u16;
+        if half < self.threshold() { 0.0 } else { self.scale() }
     }
 }
 
