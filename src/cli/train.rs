@@ -173,7 +173,7 @@ settings! {
     /// Pairs that are encoded at a time, for batches larger than memory: same gradients, one more encoding [default: the batch]
     #[arg(value_name = "PAIRS", help_heading = "Training")]
     mini_batch_size: usize,
-    /// Learning rate after the warm-up [default: 0.001]
+    /// Learning rate after the warm-up [default: 0.002]
     #[arg(value_name = "RATE", help_heading = "Training")]
     learning_rate: f64,
     /// Share of the steps in which the learning rate rises [default: 0.1]

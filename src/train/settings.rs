@@ -135,7 +135,7 @@ impl Default for TrainSettings {
             inference_document_length: 0,
             epochs: None,
             steps: None,
-            learning_rate: 1e-3,
+            learning_rate: 2e-3,
             warmup: 0.1,
             decay: Decay::Linear.to_string(),
             weight_decay: 0.01,
