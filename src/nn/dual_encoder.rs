@@ -150,6 +150,9 @@ impl DualEncoder {
         batch: &PackedBatch,
         dropout: Option<StepDropout>,
     ) -> Result<Variable> {
+        if parameters.len() != self.parameters.len() {
+            return Err(Error::shape("dual_encoder", "parameters", [self.parameters.len()], [parameters.len()]));
+        }
         let (encoder, which) = match tower {
             Tower::Query => (&self.query, 0),
             Tower::Document => (&self.document, 1),
@@ -287,6 +290,19 @@ mod tests {
         let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(step);
         let one = on(1);
         assert!(one == on(2) && one == on(3) && one == on(7));
+    }
+
+    #[test]
+    fn missing_parameters_are_an_error() {
+        let device = Device::cpu();
+        let model = DualEncoder::new(&device, settings(Towers::Shared, Some(5)), 3.0, 1).unwrap();
+        let batch = PackedBatch::new(&device, &[&[1, 2]], 0).unwrap();
+        let mut tape = Tape::inference(&device);
+        let mut parameters = model.parameters().on(&mut tape);
+        parameters.pop();
+        let error = model.forward(&mut tape, &parameters, Tower::Query, &batch, None).unwrap_err();
+        assert!(error.to_string().starts_with("dual_encoder: `parameters` has shape"), "{error}");
+        assert!(matches!(model.query.forward(&mut tape, &[], &batch, None), Err(Error::Shape { .. })));
     }
 
     #[test]

@@ -105,6 +105,8 @@ pub struct Encoder {
     layers: Vec<Layer>,
     /// Distinguishes the dropouts of two encoders in one step.
     first_site: u32,
+    /// One more than the index of its last parameter.
+    end: usize,
 }
 
 /// The standard deviation of BERT's initial weights.
@@ -156,7 +158,8 @@ impl Encoder {
                 output_norm: pair("output.LayerNorm", &[c])?,
             });
         }
-        Ok(Self { settings, word, position, token_type, norm, layers, first_site })
+        let end = parameters.len();
+        Ok(Self { settings, word, position, token_type, norm, layers, first_site, end })
     }
 
     /// The shape.
@@ -169,7 +172,8 @@ impl Encoder {
     /// `parameters` are all of the owner's, in their order. With `dropout` the encoder behaves as in training.
     ///
     /// # Errors
-    /// [`Error::Value`] if a token is not in the vocabulary or a sequence is too long.
+    /// [`Error::Value`] if a token is not in the vocabulary or a sequence is too long, [`Error::Shape`] if parameters are
+    /// missing.
     pub fn forward(
         &self,
         tape: &mut Tape,
@@ -178,6 +182,9 @@ impl Encoder {
         dropout: Option<StepDropout>,
     ) -> Result<Variable> {
         let settings = &self.settings;
+        if parameters.len() < self.end {
+            return Err(Error::shape("encoder", "parameters", [self.end], [parameters.len()]));
+        }
         if batch.longest() > settings.max_positions {
             let reason = format!(
                 "hold one of {} tokens, but the encoder has {} positions",

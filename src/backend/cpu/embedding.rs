@@ -34,15 +34,12 @@ pub(super) fn forward(arguments: EmbeddingForward<'_>) -> Result<()> {
     if width == 0 {
         return Ok(());
     }
-    let row_of = |table: &'static str, data: &[f32], index: u32| {
-        debug_assert!((index as usize + 1) * width <= data.len(), "{table}");
-        index as usize * width..(index as usize + 1) * width
-    };
+    let row_of = |index: u32| index as usize * width..(index as usize + 1) * width;
     output.par_chunks_mut(TASK_ROWS * width).enumerate().for_each(|(task, rows)| {
         for (r, output) in rows.chunks_exact_mut(width).enumerate() {
             let t = task * TASK_ROWS + r;
-            output.copy_from_slice(&word[row_of("word", word, tokens[t])]);
-            simd::add(&position[row_of("position", position, positions[t])], output);
+            output.copy_from_slice(&word[row_of(tokens[t])]);
+            simd::add(&position[row_of(positions[t])], output);
             simd::add(&token_type[..width], output);
         }
     });
