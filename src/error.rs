@@ -199,6 +199,37 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// A device cannot hold or start something so large.
+    #[error("{device}: {needed} is more than the device's `{limit}` of {most}")]
+    Limit {
+        /// The device that was asked.
+        device: String,
+        /// The limit, under the name that WebGPU gives it.
+        limit: &'static str,
+        /// What was needed.
+        needed: u64,
+        /// What the device allows.
+        most: u64,
+    },
+
+    /// A device has gone: its driver was reset, or it was taken away. Everything on it is lost.
+    #[error("{device} was lost: {reason}")]
+    DeviceLost {
+        /// The device.
+        device: String,
+        /// What its driver says.
+        reason: String,
+    },
+
+    /// A device could not be opened, or its driver refused something.
+    #[error("{device}: {reason}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What its driver says.
+        reason: String,
+    },
+
     /// A file or folder could not be read or written.
     #[error("{}: {reason}", path.display())]
     File {

@@ -14,6 +14,8 @@ pub mod operations;
 mod packed;
 pub mod philox;
 mod tensor;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 use std::fmt;
 use std::str::FromStr;
@@ -47,6 +49,15 @@ macro_rules! backend {
             fn prefers_one_way(&self, columns: usize) -> bool {
                 let _ = columns;
                 true
+            }
+
+            /// Starts everything that was asked for so far, without waiting for it. Devices that collect operations
+            /// start when something is downloaded, at the latest.
+            ///
+            /// # Errors
+            /// What the device reports.
+            fn submit(&self) -> Result<()> {
+                Ok(())
             }
 
             /// How many buffers have been found written beyond their end, for a backend that can tell; see
@@ -205,9 +216,13 @@ impl Device {
         Self(Arc::new(backend))
     }
 
-    /// The devices that are here.
+    /// The devices that are here: the processor, and what wgpu finds if the crate was built with it.
     pub fn available() -> Vec<Self> {
-        vec![Self::cpu()]
+        #[allow(unused_mut, reason = "there may be no other backend")]
+        let mut devices = vec![Self::cpu()];
+        #[cfg(feature = "wgpu")]
+        devices.extend(wgpu::available());
+        devices
     }
 
     /// The device's name as a user writes it, such as `cpu`.
@@ -228,6 +243,15 @@ impl Device {
     /// Whether a pass forward and backward in one, over rectangles of so many columns together, is faster than two.
     pub fn prefers_one_way(&self, columns: usize) -> bool {
         self.0.prefers_one_way(columns)
+    }
+
+    /// Starts everything that was asked for so far, without waiting for it: the end of a step, for devices that collect
+    /// operations. What is downloaded later is right with or without it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn submit(&self) -> Result<()> {
+        self.0.submit()
     }
 
     /// How many buffers have been found written beyond their end, where the device can tell.
@@ -314,21 +338,27 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `auto`, or the name of a device.
+/// The name of a device, or `auto`: the first one that is hardware of its own, else the processor.
+///
+/// `wgpu` is the first device of wgpu, `wgpu:1` the second. After a comma follows how it is opened, see
+/// [`wgpu::Wgpu::open`].
 impl FromStr for Device {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let available = Self::available();
-        // `wgpu` alone means `wgpu:0`.
-        let found = available.iter().find(|device| {
-            let here = device.name();
-            name == "auto" || here == name || here.strip_suffix(":0").is_some_and(|kind| kind == name)
-        });
-        found.cloned().ok_or_else(|| Error::NoDevice {
-            requested: name.into(),
-            available: available.iter().map(Self::name).collect(),
-        })
+        match name {
+            "cpu" => return Ok(Self::cpu()),
+            #[cfg(feature = "wgpu")]
+            "auto" => return Ok(wgpu::hardware().unwrap_or_else(Self::cpu)),
+            #[cfg(not(feature = "wgpu"))]
+            "auto" => return Ok(Self::cpu()),
+            _ => {}
+        }
+        #[cfg(feature = "wgpu")]
+        if let Some(device) = wgpu::by_name(name) {
+            return device;
+        }
+        Err(Error::NoDevice { requested: name.into(), available: Self::available().iter().map(Self::name).collect() })
     }
 }
 

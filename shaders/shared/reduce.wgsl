@@ -1,0 +1,33 @@
+// Sums and maxima over the 256 invocations of a workgroup, the same for all of them, always in the same order.
+//
+// Every invocation has to call; the barriers behind make the memory free for the next call.
+
+var<workgroup> reduce_values: array<f32, 256>;
+
+fn workgroup_sum(value: f32, lane: u32) -> f32 {
+    reduce_values[lane] = value;
+    workgroupBarrier();
+    for (var step = 128u; step > 0u; step >>= 1u) {
+        if (lane < step) {
+            reduce_values[lane] += reduce_values[lane + step];
+        }
+        workgroupBarrier();
+    }
+    let total = reduce_values[0];
+    workgroupBarrier();
+    return total;
+}
+
+fn workgroup_max(value: f32, lane: u32) -> f32 {
+    reduce_values[lane] = value;
+    workgroupBarrier();
+    for (var step = 128u; step > 0u; step >>= 1u) {
+        if (lane < step) {
+            reduce_values[lane] = max(reduce_values[lane], reduce_values[lane + step]);
+        }
+        workgroupBarrier();
+    }
+    let largest = reduce_values[0];
+    workgroupBarrier();
+    return largest;
+}

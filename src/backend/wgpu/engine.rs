@@ -1,0 +1,715 @@
+//! What operations are run with: pipelines, the commands recorded so far, and launches that name what they bind.
+//!
+//! An operation records; nothing reaches the device before [`Engine::submit`], which a download, a full record or the
+//! end of a training step asks for. Parameters of all launches of a submission are one uniform buffer, written once.
+
+use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use ::wgpu;
+
+use super::adapter::Settings;
+use super::buffer::{Pool, WgpuBuffer, raw};
+use super::shader::{self, Binding, Permutation, Scalar};
+use crate::backend::{Buffer, Tensor};
+use crate::error::DType;
+use crate::{Error, Result};
+
+/// Bytes from one launch's parameters to the next's: what WebGPU guarantees an offset may be a multiple of.
+const PARAMS_STRIDE: usize = 256;
+/// Launches of one submission at most.
+const LAUNCHES: usize = 4096;
+/// Submissions that the host may be ahead of the device.
+const AHEAD: usize = 4;
+/// Uploads of more bytes than this do not go through the record.
+const LARGE_UPLOAD: usize = 1 << 20;
+/// Workgroups in one direction that every device allows.
+pub(super) const MOST_GROUPS: usize = 65_535;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a device does not work any more.
+#[derive(Debug, Clone)]
+pub(super) enum Failure {
+    Lost(String),
+    OutOfMemory,
+    Other(String),
+}
+
+/// A compiled entry point.
+#[derive(Debug)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+    bindings: Vec<Binding>,
+    params: Vec<(String, Scalar)>,
+}
+
+/// Something the device is to do.
+enum Command {
+    Launch {
+        pipeline: Arc<Pipeline>,
+        bind_group: wgpu::BindGroup,
+        params: u32,
+        groups: [u32; 3],
+    },
+    /// From the submission's uploads.
+    Upload {
+        from: u64,
+        to: wgpu::Buffer,
+        bytes: u64,
+    },
+    Copy {
+        from: wgpu::Buffer,
+        from_offset: u64,
+        to: wgpu::Buffer,
+        to_offset: u64,
+        bytes: u64,
+    },
+}
+
+/// What was asked for and not submitted yet.
+#[derive(Default)]
+struct Record {
+    commands: Vec<Command>,
+    params: Vec<u8>,
+    uploads: Vec<u8>,
+    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    upload_buffer: Option<wgpu::Buffer>,
+    download_buffer: Option<wgpu::Buffer>,
+    submissions: usize,
+}
+
+/// A device with everything that operations need of it.
+pub(super) struct Engine {
+    pub(super) name: String,
+    pub(super) settings: Settings,
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) limits: wgpu::Limits,
+    pub(super) pool: Arc<Pool>,
+    failure: Arc<Mutex<Option<Failure>>>,
+    pipelines: RwLock<HashMap<Permutation, Arc<Pipeline>>>,
+    listed: Vec<shader::Listed>,
+    params_buffer: wgpu::Buffer,
+    record: Mutex<Record>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Engine({})", self.name)
+    }
+}
+
+impl Engine {
+    pub(super) fn new(name: String, settings: Settings, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let failure: Arc<Mutex<Option<Failure>>> = Arc::default();
+        let of_errors = failure.clone();
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let new = match error {
+                wgpu::Error::OutOfMemory { .. } => Failure::OutOfMemory,
+                other => Failure::Other(other.to_string()),
+            };
+            lock(&of_errors).get_or_insert(new);
+        }));
+        let of_loss = failure.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                lock(&of_loss).get_or_insert(Failure::Lost(message));
+            }
+        });
+        let limits = device.limits();
+        let params_buffer = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("params"),
+            size: (PARAMS_STRIDE * LAUNCHES) as u64,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        let pool = Arc::new(Pool::new(name.clone(), device.clone()));
+        let listed = shader::listed().map_err(|reason| Error::Device { device: name.clone(), reason })?;
+        Ok(Self {
+            name,
+            settings,
+            device,
+            queue,
+            limits,
+            pool,
+            failure,
+            pipelines: RwLock::default(),
+            listed,
+            params_buffer,
+            record: Mutex::default(),
+        })
+    }
+
+    /// Something that should not have happened.
+    pub(super) fn broken(&self, reason: impl Into<String>) -> Error {
+        Error::Device { device: self.name.clone(), reason: reason.into() }
+    }
+
+    /// What the device has reported since it was opened.
+    fn check(&self) -> Result<()> {
+        match lock(&self.failure).clone() {
+            None => Ok(()),
+            Some(Failure::Lost(reason)) => Err(Error::DeviceLost { device: self.name.clone(), reason }),
+            Some(Failure::OutOfMemory) => Err(Error::OutOfMemory { device: self.name.clone(), bytes: 0 }),
+            Some(Failure::Other(reason)) => Err(self.broken(reason)),
+        }
+    }
+
+    /// How often work was submitted so far.
+    pub(super) fn submissions(&self) -> usize {
+        lock(&self.record).submissions
+    }
+
+    /// Room for values that an operation needs while it runs.
+    pub(super) fn scratch(&self, elements: usize, dtype: DType) -> Result<Scratch> {
+        let buffer = Pool::allocate(&self.pool, elements * dtype.size(), self.limits.max_buffer_size)?;
+        Ok(Scratch { buffer, elements })
+    }
+
+    /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
+    pub(super) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        // A binding may begin up to 63 elements before its run.
+        let most = (self.limits.max_storage_buffer_binding_size / 4) as usize - 64;
+        let fit = (most / width.max(1)).min(1 << 28);
+        let step = if fit > 4096 { fit - fit % 4096 } else { fit.max(1) };
+        (0..rows).step_by(step).map(move |first| first..rows.min(first + step))
+    }
+
+    fn pipeline(&self, launch: &Launch<'_>) -> Result<Arc<Pipeline>> {
+        let permutation = &launch.permutation;
+        let found = self.pipelines.read().unwrap_or_else(PoisonError::into_inner).get(permutation).cloned();
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let pipeline = Arc::new(self.compile(permutation, &launch.names())?);
+        self.pipelines.write().unwrap_or_else(PoisonError::into_inner).insert(permutation.clone(), pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn compile(&self, permutation: &Permutation, names: &[&str]) -> Result<Pipeline> {
+        if !self.listed.iter().any(|listed| listed.holds(permutation)) {
+            return Err(self.broken(format!("{permutation} is not among shaders/permutations")));
+        }
+        let module = shader::module(permutation).map_err(|reason| self.broken(reason))?;
+        let mut bindings = module.bindings;
+        bindings.retain(|binding| names.contains(&binding.name.as_str()));
+        if let Some(unknown) = names.iter().find(|name| bindings.iter().all(|binding| binding.name != **name)) {
+            return Err(self.broken(format!("{permutation} has no buffer `{unknown}`")));
+        }
+        let storage = |binding: &Binding| wgpu::BindGroupLayoutEntry {
+            binding: binding.number,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: binding.read_only },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let mut entries: Vec<wgpu::BindGroupLayoutEntry> = bindings.iter().map(storage).collect();
+        if !module.params.is_empty() {
+            entries.push(wgpu::BindGroupLayoutEntry {
+                binding: 0,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Uniform,
+                    has_dynamic_offset: true,
+                    min_binding_size: None,
+                },
+                count: None,
+            });
+        }
+        let label = permutation.to_string();
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let layout = self
+            .device
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+        let description =
+            wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(module.text.into()) };
+        let checks = if self.settings.checked {
+            wgpu::ShaderRuntimeChecks::checked()
+        } else {
+            wgpu::ShaderRuntimeChecks::unchecked()
+        };
+        // SAFETY: the shaders are this crate's own. Every index they form is held to the shapes that `Checker` has
+        // checked, their loops end, and they divide by nothing that can be 0; the conformance table is run with the
+        // checks on too, where a difference would show.
+        let shader = unsafe { self.device.create_shader_module_trusted(description, checks) };
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(&label),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&label),
+            layout: Some(&pipeline_layout),
+            module: &shader,
+            entry_point: Some(permutation.entry),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(self.broken(format!("{permutation}: {error}")));
+        }
+        Ok(Pipeline { pipeline, layout, bindings, params: module.params })
+    }
+
+    /// Records a launch.
+    pub(super) fn launch(&self, launch: Launch<'_>) -> Result<()> {
+        if let Some(error) = launch.error {
+            return Err(error);
+        }
+        if launch.groups.contains(&0) {
+            return Ok(());
+        }
+        let most = self.limits.max_compute_workgroups_per_dimension;
+        if let Some(&groups) = launch.groups.iter().find(|&&groups| groups > most) {
+            return Err(self.limit("max_compute_workgroups_per_dimension", u64::from(groups), u64::from(most)));
+        }
+        let pipeline = self.pipeline(&launch)?;
+        let permutation = &launch.permutation;
+        let mut params = [0u8; PARAMS_STRIDE];
+        for (i, (name, scalar)) in pipeline.params.iter().enumerate() {
+            let value = launch.params.iter().find(|(of, ..)| of == name);
+            let bits = match value {
+                Some((_, of, bits)) if of == scalar => bits,
+                Some(_) => return Err(self.broken(format!("{permutation}: `{name}` is of another type"))),
+                None => return Err(self.broken(format!("{permutation} lacks `{name}`"))),
+            };
+            params[4 * i..4 * i + 4].copy_from_slice(&bits.to_ne_bytes());
+        }
+        if launch.params.len() != pipeline.params.len() {
+            return Err(self.broken(format!("{permutation} has no room for all of its parameters")));
+        }
+        let mut entries = Vec::with_capacity(pipeline.bindings.len() + 1);
+        if !pipeline.params.is_empty() {
+            entries.push(wgpu::BindGroupEntry {
+                binding: 0,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: &self.params_buffer,
+                    offset: 0,
+                    size: NonZeroU64::new((4 * pipeline.params.len()).next_multiple_of(16) as u64),
+                }),
+            });
+        }
+        for binding in &pipeline.bindings {
+            let Some(Bound { buffer, offset, bytes, writes, .. }) =
+                launch.bound.iter().find(|bound| bound.name == binding.name)
+            else {
+                return Err(self.broken(format!("{permutation} lacks `{}`", binding.name)));
+            };
+            if *writes == binding.read_only {
+                return Err(self.broken(format!("{permutation}: `{}` is bound to be written or not", binding.name)));
+            }
+            let most = self.limits.max_storage_buffer_binding_size;
+            if *bytes > most {
+                return Err(self.limit("max_storage_buffer_binding_size", *bytes, most));
+            }
+            entries.push(wgpu::BindGroupEntry {
+                binding: binding.number,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer,
+                    offset: *offset,
+                    size: NonZeroU64::new(*bytes),
+                }),
+            });
+        }
+        if launch.bound.len() != pipeline.bindings.len() {
+            return Err(self.broken(format!("{permutation} has no use for all of its buffers")));
+        }
+        let bind_group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &pipeline.layout,
+            entries: &entries,
+        });
+        let mut record = lock(&self.record);
+        if record.params.len() == PARAMS_STRIDE * LAUNCHES {
+            self.submit_record(&mut record)?;
+        }
+        let at = record.params.len() as u32;
+        record.params.extend_from_slice(&params);
+        record.commands.push(Command::Launch { pipeline, bind_group, params: at, groups: launch.groups });
+        Ok(())
+    }
+
+    pub(super) fn limit(&self, limit: &'static str, needed: u64, most: u64) -> Error {
+        Error::Limit { device: self.name.clone(), limit, needed, most }
+    }
+
+    /// Records a copy of bytes from the host.
+    pub(super) fn upload(&self, bytes: &[u8], to: &wgpu::Buffer) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let mut record = lock(&self.record);
+        if bytes.len() > LARGE_UPLOAD {
+            // Writes of the queue come before whatever is submitted later, and after what was before.
+            self.submit_record(&mut record)?;
+            let whole = bytes.len() - bytes.len() % 4;
+            self.queue.write_buffer(to, 0, &bytes[..whole]);
+            if whole < bytes.len() {
+                let mut last = [0u8; 4];
+                last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
+                self.queue.write_buffer(to, whole as u64, &last);
+            }
+            return self.check();
+        }
+        let from = record.uploads.len();
+        record.uploads.extend_from_slice(bytes);
+        let padded = record.uploads.len().next_multiple_of(16);
+        record.uploads.resize(padded, 0);
+        let bytes = bytes.len().next_multiple_of(4) as u64;
+        record.commands.push(Command::Upload { from: from as u64, to: to.clone(), bytes });
+        Ok(())
+    }
+
+    /// Records a copy of bytes, multiples of 4, from one buffer to another.
+    pub(super) fn copy(&self, from: (&wgpu::Buffer, u64), to: (&wgpu::Buffer, u64), bytes: u64) {
+        lock(&self.record).commands.push(Command::Copy {
+            from: from.0.clone(),
+            from_offset: from.1,
+            to: to.0.clone(),
+            to_offset: to.1,
+            bytes,
+        });
+    }
+
+    /// Waits for everything asked for and copies bytes to the host.
+    pub(super) fn download(&self, from: &wgpu::Buffer, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return self.submit();
+        }
+        let size = bytes.len().next_multiple_of(4) as u64;
+        let mut record = lock(&self.record);
+        let staging = match record.download_buffer.take().filter(|buffer| buffer.size() >= size) {
+            Some(staging) => staging,
+            None => self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("download"),
+                size: size.next_power_of_two().max(4096).min(self.limits.max_buffer_size),
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            }),
+        };
+        record.commands.push(Command::Copy {
+            from: from.clone(),
+            from_offset: 0,
+            to: staging.clone(),
+            to_offset: 0,
+            bytes: size,
+        });
+        self.submit_record(&mut record)?;
+        let (sender, receiver) = std::sync::mpsc::channel();
+        staging.map_async(wgpu::MapMode::Read, 0..size, move |result| {
+            // Nobody waits any more only if waiting has failed.
+            let _ = sender.send(result);
+        });
+        let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        waited.map_err(|error| self.broken(error.to_string()))?;
+        match receiver.try_recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(self.broken(error.to_string())),
+            Err(_) => return Err(self.broken("a copy to the host was not finished")),
+        }
+        let view = staging.get_mapped_range(0..size).map_err(|error| self.broken(error.to_string()))?;
+        bytes.copy_from_slice(&view[..bytes.len()]);
+        drop(view);
+        staging.unmap();
+        record.in_flight.clear();
+        record.download_buffer = Some(staging);
+        self.check()
+    }
+
+    /// Hands everything recorded to the device, without waiting for it.
+    pub(super) fn submit(&self) -> Result<()> {
+        self.submit_record(&mut lock(&self.record))
+    }
+
+    fn submit_record(&self, record: &mut Record) -> Result<()> {
+        self.check()?;
+        if record.commands.is_empty() {
+            return Ok(());
+        }
+        if !record.params.is_empty() {
+            self.queue.write_buffer(&self.params_buffer, 0, &record.params);
+        }
+        if !record.uploads.is_empty() {
+            let size = record.uploads.len() as u64;
+            if record.upload_buffer.as_ref().is_none_or(|buffer| buffer.size() < size) {
+                record.upload_buffer = Some(self.device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some("uploads"),
+                    size: size.next_power_of_two(),
+                    usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+                    mapped_at_creation: false,
+                }));
+            }
+            if let Some(buffer) = &record.upload_buffer {
+                self.queue.write_buffer(buffer, 0, &record.uploads);
+            }
+        }
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None });
+        encode(&record.commands, record.upload_buffer.as_ref(), &mut encoder);
+        let index = self.queue.submit([encoder.finish()]);
+        record.commands.clear();
+        record.params.clear();
+        record.uploads.clear();
+        record.submissions += 1;
+        record.in_flight.push_back(index);
+        let poll = if record.in_flight.len() > AHEAD {
+            wgpu::PollType::Wait { submission_index: record.in_flight.pop_front(), timeout: None }
+        } else {
+            wgpu::PollType::Poll
+        };
+        let polled = self.device.poll(poll);
+        self.check()?;
+        polled.map(|_| ()).map_err(|error| self.broken(error.to_string()))
+    }
+}
+
+/// Writes commands into an encoder; launches that follow each other share a pass.
+fn encode(commands: &[Command], uploads: Option<&wgpu::Buffer>, encoder: &mut wgpu::CommandEncoder) {
+    let mut rest = commands;
+    while let Some(first) = rest.first() {
+        match first {
+            Command::Launch { .. } => {
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                while let Some(Command::Launch { pipeline, bind_group, params, groups: [x, y, z] }) = rest.first() {
+                    pass.set_pipeline(&pipeline.pipeline);
+                    let offsets: &[u32] = if pipeline.params.is_empty() { &[] } else { &[*params] };
+                    pass.set_bind_group(0, bind_group, offsets);
+                    pass.dispatch_workgroups(*x, *y, *z);
+                    rest = &rest[1..];
+                }
+                continue;
+            }
+            Command::Upload { from, to, bytes } => {
+                if let Some(uploads) = uploads {
+                    encoder.copy_buffer_to_buffer(uploads, *from, to, 0, *bytes);
+                }
+            }
+            Command::Copy { from, from_offset, to, to_offset, bytes } => {
+                encoder.copy_buffer_to_buffer(from, *from_offset, to, *to_offset, *bytes);
+            }
+        }
+        rest = &rest[1..];
+    }
+}
+
+/// Values that live for one operation.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    buffer: WgpuBuffer,
+    elements: usize,
+}
+
+/// What can be bound: a tensor, or scratch values.
+pub(super) trait Bindable {
+    /// The buffer and how many bytes of it are meant.
+    fn bind(&self) -> Option<(&wgpu::Buffer, usize)>;
+}
+
+impl Bindable for Tensor {
+    fn bind(&self) -> Option<(&wgpu::Buffer, usize)> {
+        let buffer: &dyn Buffer = self.buffer();
+        raw(buffer).map(|raw| (raw, self.elements() * self.dtype().size()))
+    }
+}
+
+impl Bindable for Scratch {
+    fn bind(&self) -> Option<(&wgpu::Buffer, usize)> {
+        Some((self.buffer.raw(), self.elements * 4))
+    }
+}
+
+/// A buffer under a name.
+struct Bound<'a> {
+    name: &'static str,
+    buffer: &'a wgpu::Buffer,
+    offset: u64,
+    bytes: u64,
+    writes: bool,
+}
+
+/// One run of an entry point over so many workgroups. Buffers and parameters are named as in the shader; what it
+/// declares and a launch does not give, or the other way round, is an error.
+pub(super) struct Launch<'a> {
+    permutation: Permutation,
+    bound: Vec<Bound<'a>>,
+    params: Vec<(&'static str, Scalar, u32)>,
+    groups: [u32; 3],
+    error: Option<Error>,
+}
+
+impl<'a> Launch<'a> {
+    /// Of an entry point of a file under `shaders/`.
+    pub(super) fn new(shader: &'static str, entry: &'static str) -> Self {
+        Self {
+            permutation: Permutation { shader, entry, flags: Vec::new(), constants: Vec::new() },
+            bound: Vec::with_capacity(8),
+            params: Vec::with_capacity(16),
+            groups: [1; 3],
+            error: None,
+        }
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.bound.iter().map(|bound| bound.name).collect()
+    }
+
+    fn fail(&mut self, reason: String) {
+        let operation = self.permutation.shader;
+        self.error.get_or_insert(Error::Value { operation, argument: self.permutation.entry, reason });
+    }
+
+    /// Sets a flag of the preprocessor.
+    pub(super) fn flag(mut self, flag: &'static str, set: bool) -> Self {
+        if set {
+            let at = self.permutation.flags.partition_point(|other| *other < flag);
+            self.permutation.flags.insert(at, flag);
+        }
+        self
+    }
+
+    /// Sets a constant of the module.
+    pub(super) fn constant(mut self, name: &'static str, value: u32) -> Self {
+        let at = self.permutation.constants.partition_point(|(other, _)| *other < name);
+        self.permutation.constants.insert(at, (name, value));
+        self
+    }
+
+    fn bind<T: Bindable + ?Sized>(
+        mut self,
+        name: &'static str,
+        what: &'a T,
+        elements: Option<(Range<usize>, &'static str)>,
+        writes: bool,
+    ) -> Self {
+        let Some((buffer, bytes)) = what.bind() else {
+            self.fail(format!("`{name}` lives on another device"));
+            return self;
+        };
+        let whole = (bytes.next_multiple_of(4) as u64).max(4);
+        let (offset, bytes) = match elements {
+            None => (0, whole),
+            Some((range, base)) => {
+                // Offsets of bindings are multiples of 256 bytes; what lies between is an offset of elements.
+                let first = range.start - range.start % 64;
+                self = self.size(base, range.start - first);
+                (4 * first as u64, (4 * (range.end - first) as u64).max(4))
+            }
+        };
+        self.bound.push(Bound { name, buffer, offset, bytes, writes });
+        self
+    }
+
+    /// Binds what is read.
+    pub(super) fn read<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T) -> Self {
+        self.bind(name, what, None, false)
+    }
+
+    /// Binds what is read, if it is there, and sets a flag.
+    pub(super) fn read_if<T: Bindable + ?Sized>(
+        self,
+        flag: &'static str,
+        name: &'static str,
+        what: Option<&'a T>,
+    ) -> Self {
+        match what {
+            Some(what) => self.flag(flag, true).read(name, what),
+            None => self,
+        }
+    }
+
+    /// Binds what is written, or read and written.
+    pub(super) fn write<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T) -> Self {
+        self.bind(name, what, None, true)
+    }
+
+    /// Binds what is written, if it is there, and sets a flag.
+    pub(super) fn write_if<T: Bindable + ?Sized>(
+        self,
+        flag: &'static str,
+        name: &'static str,
+        what: Option<&'a T>,
+    ) -> Self {
+        match what {
+            Some(what) => self.flag(flag, true).write(name, what),
+            None => self,
+        }
+    }
+
+    /// Binds a run of elements of 4 bytes, of a buffer that may be too large for a binding; the parameter `base` is the
+    /// place of the first of them in the binding.
+    pub(super) fn read_part<T: Bindable + ?Sized>(
+        self,
+        name: &'static str,
+        what: &'a T,
+        elements: Range<usize>,
+        base: &'static str,
+    ) -> Self {
+        self.bind(name, what, Some((elements, base)), false)
+    }
+
+    /// The same to be written.
+    pub(super) fn write_part<T: Bindable + ?Sized>(
+        self,
+        name: &'static str,
+        what: &'a T,
+        elements: Range<usize>,
+        base: &'static str,
+    ) -> Self {
+        self.bind(name, what, Some((elements, base)), true)
+    }
+
+    /// A parameter that is a size or a place.
+    pub(super) fn size(mut self, name: &'static str, value: usize) -> Self {
+        match u32::try_from(value) {
+            Ok(value) => self.params.push((name, Scalar::U32, value)),
+            Err(_) => self.fail(format!("`{name}` is {value}, which is beyond 32 bits")),
+        }
+        self
+    }
+
+    /// A parameter of 32 bits.
+    pub(super) fn bits(mut self, name: &'static str, value: u32) -> Self {
+        self.params.push((name, Scalar::U32, value));
+        self
+    }
+
+    /// A signed parameter.
+    pub(super) fn signed(mut self, name: &'static str, value: i32) -> Self {
+        self.params.push((name, Scalar::I32, value as u32));
+        self
+    }
+
+    /// A parameter that is a number.
+    pub(super) fn float(mut self, name: &'static str, value: f32) -> Self {
+        self.params.push((name, Scalar::F32, value.to_bits()));
+        self
+    }
+
+    /// How many workgroups in each direction.
+    pub(super) fn groups(mut self, groups: [usize; 3]) -> Self {
+        for (to, from) in self.groups.iter_mut().zip(groups) {
+            *to = u32::try_from(from).unwrap_or(u32::MAX);
+        }
+        self
+    }
+
+    /// So many workgroups in a row, which may be more than fit one direction: they are numbered
+    /// `workgroup_id.x + workgroup_id.y * num_workgroups.x`, and those beyond the parameter `groups` have nothing to do.
+    pub(super) fn row_of_groups(self, count: usize) -> Self {
+        let y = count.div_ceil(MOST_GROUPS).max(1);
+        let x = count.div_ceil(y);
+        self.size("groups", count).groups([x, y, usize::from(count > 0)])
+    }
+}

@@ -1,0 +1,141 @@
+//! Any device that wgpu finds, driven by handwritten WGSL: Vulkan, Metal, Direct3D 12, or a software driver.
+//!
+//! Shaders stand under `shaders/`, one file an operation, named as the file here that launches it and as its twin in
+//! [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
+//! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
+//! atomically, so that results are the same bits on one device.
+
+mod adapter;
+mod buffer;
+mod elementwise;
+mod engine;
+mod reduce;
+mod shader;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use ::wgpu;
+
+use super::{Backend, Buffer, Device, Tensor, operations};
+use crate::Result;
+use crate::error::DType;
+use adapter::{Request, Settings};
+use buffer::Pool;
+use engine::Engine;
+
+/// A device of wgpu.
+pub struct Wgpu {
+    engine: Engine,
+    info: wgpu::AdapterInfo,
+}
+
+impl fmt::Debug for Wgpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Wgpu({}, {})", self.engine.name, self.info.name)
+    }
+}
+
+macro_rules! delegate {
+    ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        $(
+            fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
+                $module::$function(&self.engine, arguments)
+            }
+        )*
+    };
+}
+
+impl Wgpu {
+    fn open_request(request: Request) -> Result<Self> {
+        let (info, device, queue) = adapter::open(request)?;
+        let engine = Engine::new(request.to_string(), request.settings, device, queue)?;
+        Ok(Self { engine, info })
+    }
+}
+
+impl Backend for Wgpu {
+    fn name(&self) -> String {
+        self.engine.name.clone()
+    }
+
+    fn description(&self) -> String {
+        let wgpu::AdapterInfo { name, driver, driver_info, backend, .. } = &self.info;
+        format!("{name}, {backend:?}, {driver} {driver_info}")
+    }
+
+    fn is_synchronous(&self) -> bool {
+        false
+    }
+
+    fn prefers_one_way(&self, _: usize) -> bool {
+        false
+    }
+
+    fn submit(&self) -> Result<()> {
+        self.engine.submit()
+    }
+
+    fn held_bytes(&self) -> Option<usize> {
+        Some(self.engine.pool.taken())
+    }
+
+    fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
+        let bytes = elements * dtype.size();
+        Ok(Arc::new(Pool::allocate(&self.engine.pool, bytes, self.engine.limits.max_buffer_size)?))
+    }
+
+    fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {
+        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.upload(bytes, raw)
+    }
+
+    fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
+        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.download(raw, bytes)
+    }
+
+    delegate! {
+        fill(Fill) => elementwise::fill;
+        copy(Copy) => elementwise::copy;
+        add(Add) => elementwise::add;
+        scale(Scale) => elementwise::scale;
+        sum(Sum) => reduce::sum;
+        square_sum(SquareSum) => reduce::square_sum;
+        column_sum(ColumnSum) => reduce::column_sum;
+        column(Column) => elementwise::column;
+        clamp(Clamp) => elementwise::clamp;
+        clamp_backward(ClampBackward) => elementwise::clamp_backward;
+    }
+}
+
+/// Devices that were opened, so that one name is one device.
+static OPENED: LazyLock<Mutex<HashMap<Request, Device>>> = LazyLock::new(Mutex::default);
+
+fn opened(request: Request) -> Result<Device> {
+    let mut devices = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = devices.get(&request) {
+        return Ok(device.clone());
+    }
+    let device = Device::new(Wgpu::open_request(request)?);
+    devices.insert(request, device.clone());
+    Ok(device)
+}
+
+/// The device of a name, if the name is one of this backend's.
+pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
+    name.parse::<Request>().ok().map(opened)
+}
+
+/// All devices that can be opened.
+pub(super) fn available() -> Vec<Device> {
+    let requests = (0..adapter::adapters().len()).map(|index| Request { index, settings: Settings::default() });
+    requests.filter_map(|request| opened(request).ok()).collect()
+}
+
+/// The first device that is hardware of its own.
+pub(super) fn hardware() -> Option<Device> {
+    let index = adapter::adapters().iter().position(adapter::is_hardware)?;
+    opened(Request { index, settings: Settings::default() }).ok()
+}
