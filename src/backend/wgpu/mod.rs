@@ -9,6 +9,7 @@ mod adapter;
 mod buffer;
 mod elementwise;
 mod engine;
+mod matmul;
 mod reduce;
 mod shader;
 
@@ -104,6 +105,7 @@ impl Backend for Wgpu {
         sum(Sum) => reduce::sum;
         square_sum(SquareSum) => reduce::square_sum;
         column_sum(ColumnSum) => reduce::column_sum;
+        matmul(MatMul) => matmul::forward;
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
