@@ -29,11 +29,19 @@ macro_rules! sources {
 }
 
 sources! {
+    "cast",
     "elementwise",
+    "gelu",
+    "l2_norm",
+    "positives",
+    "prefix_norms",
     "reduce",
+    "shared/gelu",
     "shared/groups",
     "shared/numerics",
     "shared/reduce",
+    "shared/row_norm",
+    "shared/rows",
 }
 
 /// Which flags and constants each entry point knows.
