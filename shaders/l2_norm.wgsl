@@ -48,11 +48,11 @@ fn forward(
 ) {
     let row = group_number(id, lines) * ROWS + lane / ROW_LANES;
     let width = select(0u, params.width, row < params.count);
-    let from = params.input_base + row * params.width;
-    let to = params.output_base + row * params.width;
-    let norm = row_norm(from, width, lane);
+    let input_row = params.input_base + row * params.width;
+    let output_row = params.output_base + row * params.width;
+    let norm = row_norm(input_row, width, lane);
     for (var c = lane % ROW_LANES; c < width; c += ROW_LANES) {
-        output[to + c] = (input[from + c] * norm.scale) * norm.unit;
+        output[output_row + c] = (input[input_row + c] * norm.scale) * norm.unit;
     }
     if (row < params.count && lane % ROW_LANES == 0u) {
         inverse_norm[params.inverse_norm_base + row] = norm.scale * norm.unit;
@@ -83,9 +83,9 @@ fn backward(
     along = row_sum(along, lane);
     if (row < params.count) {
         let inverse = inverse_norm[params.inverse_norm_base + row];
-        let to = params.d_input_base + row * params.width;
+        let output_row = params.d_input_base + row * params.width;
         for (var c = lane % ROW_LANES; c < width; c += ROW_LANES) {
-            d_input[to + c] = (upstream[of_upstream + c] - output[of_output + c] * along) * inverse;
+            d_input[output_row + c] = (upstream[of_upstream + c] - output[of_output + c] * along) * inverse;
         }
     }
 }
@@ -103,17 +103,17 @@ fn gradient(
 ) {
     let row = group_number(id, lines) * ROWS + lane / ROW_LANES;
     let width = select(0u, params.width, row < params.count);
-    let from = params.input_base + row * params.width;
-    let to = params.output_base + row * params.width;
-    let norm = row_norm(from, width, lane);
+    let input_row = params.input_base + row * params.width;
+    let output_row = params.output_base + row * params.width;
+    let norm = row_norm(input_row, width, lane);
     var along = 0.0;
     for (var c = lane % ROW_LANES; c < width; c += ROW_LANES) {
-        along += ((input[from + c] * norm.scale) * norm.unit) * output[to + c];
+        along += ((input[input_row + c] * norm.scale) * norm.unit) * output[output_row + c];
     }
     along = row_sum(along, lane);
     for (var c = lane % ROW_LANES; c < width; c += ROW_LANES) {
-        let across = output[to + c] - ((input[from + c] * norm.scale) * norm.unit) * along;
-        output[to + c] = across * (norm.scale * norm.unit);
+        let across = output[output_row + c] - ((input[input_row + c] * norm.scale) * norm.unit) * along;
+        output[output_row + c] = across * (norm.scale * norm.unit);
     }
 }
 #endif

@@ -89,10 +89,10 @@ fn backward(
 #else
         let norm = 1.0;
 #endif
-        let from = params.input_base + row * params.width;
-        let to = params.output_base + row * params.width;
+        let input_row = params.input_base + row * params.width;
+        let output_row = params.output_base + row * params.width;
         for (var c = lane % ROW_LANES; c < params.width; c += ROW_LANES) {
-            output[to + c] += factor * (input[from + c] * norm);
+            output[output_row + c] += factor * (input[input_row + c] * norm);
         }
     }
 }

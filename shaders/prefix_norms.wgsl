@@ -49,15 +49,15 @@ fn forward(
 ) {
     let row = group_number(id, lines) * ROWS + lane / ROW_LANES;
     let prefix = select(0u, params.prefix, row < params.count);
-    let from = params.input_base + row * params.width;
+    let input_row = params.input_base + row * params.width;
 #ifdef HALF_SQUARE
     var square = 0.0;
     for (var c = lane % ROW_LANES; c < prefix; c += ROW_LANES) {
-        square += input[from + c] * input[from + c];
+        square += input[input_row + c] * input[input_row + c];
     }
     let value = 0.5 * row_sum(square, lane);
 #else
-    let norm = row_norm(from, prefix, lane);
+    let norm = row_norm(input_row, prefix, lane);
     let value = norm.scale * norm.unit;
 #endif
     if (row < params.count && lane % ROW_LANES == 0u) {
@@ -88,10 +88,10 @@ fn backward(
             factor += along[i];
 #endif
         }
-        let from = params.input_base + row * params.width;
-        let to = params.d_input_base + row * params.width;
+        let input_row = params.input_base + row * params.width;
+        let output_row = params.d_input_base + row * params.width;
         for (var c = params.first_column + lane % ROW_LANES; c < params.end_column; c += ROW_LANES) {
-            d_input[to + c] -= factor * input[from + c];
+            d_input[output_row + c] -= factor * input[input_row + c];
         }
     }
 }
