@@ -129,9 +129,9 @@ fn merge(
         );
     }
     let own = i / params.tile;
-    let from = select(0u, own, params.from_own == 1u);
+    let first = select(0u, own, params.from_own == 1u);
     let before = select(params.tiles, own, params.before_own == 1u);
-    for (var tile = from; tile < before; tile++) {
+    for (var tile = first; tile < before; tile++) {
         var part = Statistics(partial_of(tile, 0u, i), partial_of(tile, 1u, i), partial_of(tile, 2u, i), 0.0, 0.0);
 #ifdef QUANTITIES_5
         part.logits = partial_of(tile, 3u, i);
@@ -171,8 +171,9 @@ struct Params {
     diagonal: i32,
     // Whether tiles left of the diagonal are not swept.
     gram: u32,
-    // Values that are kept from the forward pass, in whole tiles.
-    kept_values: u32,
+    // How many tiles are kept from the forward pass, from those of a row of tiles on.
+    kept_tiles: u32,
+    kept_from: u32,
 #ifdef FORWARD
     column_partials: u32,
 #endif
@@ -281,9 +282,17 @@ fn tile_number(row: u32, column: u32) -> u32 {
     return select(row * in_row + column, gram, params.gram == 1u);
 }
 
-// Where a tile's logits are kept; nowhere if that is not below kept_values.
-fn kept_place(id: vec3<u32>) -> u32 {
-    return tile_number(params.first_row / TILE + id.y, params.first_column / TILE + id.x) * (TILE * TILE);
+// Whether a tile's logits are kept, and where.
+fn is_kept(id: vec3<u32>) -> bool {
+    return kept_number(id) < params.kept_tiles;
+}
+
+fn kept_number(id: vec3<u32>) -> u32 {
+    return tile_number(params.first_row / TILE + id.y - params.kept_from, params.first_column / TILE + id.x);
+}
+
+fn kept_place(id: vec3<u32>, at: u32, lane: u32) -> u32 {
+    return kept_number(id) * (TILE * TILE) + at * 256u + lane;
 }
 
 // Puts a tile's logits in place of its products.
@@ -388,11 +397,10 @@ fn forward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index
     let scale = exponential(log_scale[0]);
     compute_logits(id, scale, lane);
 #ifdef KEPT
-    let place = kept_place(id);
-    if (place + TILE * TILE <= params.kept_values) {
+    if (is_kept(id)) {
         for (var at = 0u; at < 4u * SIDES * SIDES; at++) {
             for (var j = 0u; j < 4u; j++) {
-                kept[place + (4u * at + j) * 256u + lane] = tile_products[at][j];
+                kept[kept_place(id, 4u * at + j, lane)] = tile_products[at][j];
             }
         }
     }
@@ -567,11 +575,10 @@ fn backward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_inde
     }
     let scale = exponential(log_scale[0]);
 #ifdef KEPT
-    let place = kept_place(id);
-    if (place + TILE * TILE <= params.kept_values) {
+    if (is_kept(id)) {
         for (var at = 0u; at < 4u * SIDES * SIDES; at++) {
             for (var j = 0u; j < 4u; j++) {
-                tile_products[at][j] = kept[place + (4u * at + j) * 256u + lane];
+                tile_products[at][j] = kept[kept_place(id, 4u * at + j, lane)];
             }
         }
     } else {

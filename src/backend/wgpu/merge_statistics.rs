@@ -10,12 +10,7 @@ use crate::backend::operations::{MergeStatistics, STATISTICS};
 const GROUP: usize = 256;
 
 /// Merges the statistics of some rows into others, which begin at the first row.
-pub(super) fn merge(
-    engine: &Engine,
-    part: &dyn Bindable,
-    rows: Range<usize>,
-    statistics: &dyn Bindable,
-) -> Result<()> {
+pub(super) fn merge(engine: &Engine, part: &dyn Bindable, rows: Range<usize>, statistics: &dyn Bindable) -> Result<()> {
     let count = rows.len();
     engine.launch(
         Launch::new("merge_statistics", "forward")

@@ -7,11 +7,20 @@
 
 mod adapter;
 mod buffer;
+mod cast;
 mod elementwise;
 mod engine;
+mod gelu;
+mod l2_norm;
 mod matmul;
+mod merge_statistics;
+mod partition;
+mod positives;
+mod prefix_norms;
 mod reduce;
+mod rows;
 mod shader;
+mod similarity_sweep;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -70,10 +79,6 @@ impl Backend for Wgpu {
         false
     }
 
-    fn prefers_one_way(&self, _: usize) -> bool {
-        false
-    }
-
     fn submit(&self) -> Result<()> {
         self.engine.submit()
     }
@@ -100,12 +105,26 @@ impl Backend for Wgpu {
     delegate! {
         fill(Fill) => elementwise::fill;
         copy(Copy) => elementwise::copy;
+        cast(Cast) => cast::forward;
         add(Add) => elementwise::add;
         scale(Scale) => elementwise::scale;
         sum(Sum) => reduce::sum;
         square_sum(SquareSum) => reduce::square_sum;
         column_sum(ColumnSum) => reduce::column_sum;
         matmul(MatMul) => matmul::forward;
+        gelu_backward(GeluBackward) => gelu::backward;
+        l2_norm_forward(L2NormForward) => l2_norm::forward;
+        l2_norm_backward(L2NormBackward) => l2_norm::backward;
+        l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
+        positives_forward(PositivesForward) => positives::forward;
+        positives_backward(PositivesBackward) => positives::backward;
+        prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
+        prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
+        similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
+        similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
+        similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
+        merge_statistics(MergeStatistics) => merge_statistics::forward;
+        partition(Partition) => partition::forward;
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;

@@ -25,7 +25,7 @@ pub(super) fn rows(
     let blocks: Vec<_> = blocks.chain(further.iter().map(|&block| (block, 0..count))).collect();
     for (number, (block, of)) in blocks.iter().enumerate() {
         if number == 0 {
-            engine.copy_part(*block, of.start * STATISTICS, &merged, 0, count * STATISTICS)?;
+            engine.copy_elements((*block, of.start * STATISTICS), (&merged, 0), count * STATISTICS)?;
         } else {
             merge(engine, *block, of.clone(), &merged)?;
         }

@@ -30,13 +30,25 @@ macro_rules! sources {
 }
 
 sources! {
+    "cast",
     "elementwise",
+    "gelu",
+    "l2_norm",
     "matmul",
+    "merge_statistics",
+    "partition",
+    "positives",
+    "prefix_norms",
     "reduce",
+    "shared/gelu",
     "shared/groups",
     "shared/numerics",
     "shared/reduce",
+    "shared/row_norm",
+    "shared/rows",
+    "shared/statistics",
     "shared/tile",
+    "similarity_sweep",
 }
 
 /// Which flags and constants each entry point knows.

@@ -18,6 +18,8 @@ use crate::error::DType;
 const GROUP: usize = 256;
 /// Values of a workspace: 32 MiB.
 const WORKSPACE: usize = 8 << 20;
+/// Values of the logits that a pass in one keeps: 64 MiB.
+const ONE_WAY_WORKSPACE: usize = 16 << 20;
 /// Planes of what is packed of a side: norm, key, exponent, weight, share.
 const PLANES: usize = 5;
 
@@ -32,6 +34,15 @@ struct Sweep<'a> {
     packed_rows: Scratch,
     /// None for a Gram.
     packed_columns: Option<Scratch>,
+}
+
+/// Logits that are kept from a forward pass for the backward pass.
+#[derive(Clone, Copy)]
+struct Kept<'a> {
+    room: &'a dyn Bindable,
+    tiles: usize,
+    /// The row with whose tiles they begin.
+    first_row: usize,
 }
 
 /// Some tiles.
@@ -90,23 +101,35 @@ impl<'a> Sweep<'a> {
         })
     }
 
+    /// Packs the rows anew, with their coefficients.
+    fn pack_rows(&mut self, engine: &Engine, coefficients: &Tensor) -> Result<()> {
+        let (norms, _) = self.matrix.norms.unzip();
+        let (keys, _) = self.matrix.keys.unzip();
+        self.packed_rows = pack(engine, &self.matrix, self.extents.0, norms, keys, Some(coefficients))?;
+        Ok(())
+    }
+
     fn is_gram(&self) -> bool {
         self.matrix.columns.is_none()
     }
 
-    /// Panels of so many values at most, each as near a square as there are rows; those of some rows alone.
+    /// Panels of so many values at most, as near a square as can be; those of some rows alone.
     fn panels(&self, rows: Range<usize>, values: usize) -> Vec<Panel> {
         let (_, columns, d) = self.extents;
-        let side = (values.isqrt() / self.tile).max(1) * self.tile;
-        let height = side.min(rows.len().next_multiple_of(self.tile)).max(1);
-        let width = (values / height / self.tile).max(1) * self.tile;
-        // A panel's columns and rows fit a binding, whatever their width.
-        let (width, height) = (width.min((1 << 24) / d.max(1) / self.tile * self.tile).max(self.tile), height);
-        let size = if self.is_gram() { height.min(width) } else { height };
-        let width = if self.is_gram() { size } else { width };
+        let whole = |length: usize| (length / self.tile).max(1) * self.tile;
+        // What fits a binding, whatever the width.
+        let most = whole((1 << 24) / d.max(1));
+        let side = whole(values.isqrt()).min(most);
+        let (mut height, mut width) = (side.min(rows.len().next_multiple_of(self.tile)), side);
+        if !self.is_gram() {
+            width = whole(values / height).min(columns.next_multiple_of(self.tile)).min(most);
+            height = whole(values / width).min(rows.len().next_multiple_of(self.tile)).min(most);
+        } else {
+            width = width.min(height);
+        }
         let mut panels = Vec::new();
-        for first in rows.clone().step_by(size) {
-            let strip = first..rows.end.min(first + size);
+        for first in rows.clone().step_by(height) {
+            let strip = first..rows.end.min(first + height);
             let from = if self.is_gram() { first } else { 0 };
             for first in (from..columns).step_by(width) {
                 panels.push(Panel { rows: strip.clone(), columns: first..columns.min(first + width) });
@@ -141,15 +164,22 @@ impl<'a> Sweep<'a> {
             .groups([panel.columns.len().div_ceil(self.tile), panel.rows.len().div_ceil(self.tile), 1])
     }
 
-    /// Values of whole tiles that fit into what is kept and into a binding.
-    fn kept_values(&self, engine: &Engine, kept: usize) -> usize {
+    /// Logits kept in a tensor of so many values: as many tiles as fit it and a binding.
+    fn kept<'k>(&self, engine: &Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
         let most = (engine.limits.max_storage_buffer_binding_size / 4) as usize;
-        let tile = self.tile * self.tile;
-        kept.min(most) / tile * tile
+        Kept { room, tiles: values.min(most) / (self.tile * self.tile), first_row }
     }
 
-    /// The statistics of some rows, and of all columns in these rows. `kept` receives the logits of those rows' tiles, as
-    /// many as have room.
+    fn with_kept<'s>(&self, launch: Launch<'s>, kept: Option<Kept<'s>>, writes: bool) -> Launch<'s> {
+        let Some(Kept { room, tiles, first_row }) = kept.filter(|kept| kept.tiles > 0) else {
+            return launch.size("kept_tiles", 0).size("kept_from", 0);
+        };
+        let launch = launch.flag("KEPT", true).size("kept_tiles", tiles).size("kept_from", first_row / self.tile);
+        let values = tiles * self.tile * self.tile;
+        if writes { launch.write_first("kept", room, values) } else { launch.read_first("kept", room, values) }
+    }
+
+    /// The statistics of some rows, and of all columns in these rows.
     fn statistics(
         &self,
         engine: &Engine,
@@ -157,7 +187,7 @@ impl<'a> Sweep<'a> {
         rows: Range<usize>,
         of_rows: Option<&dyn Bindable>,
         of_columns: Option<&dyn Bindable>,
-        kept: Option<(&dyn Bindable, usize)>,
+        kept: Option<Kept<'_>>,
     ) -> Result<()> {
         let quantities = if sums { STATISTICS } else { 3 };
         let tile = self.tile;
@@ -170,18 +200,13 @@ impl<'a> Sweep<'a> {
             let tiles = (height.div_ceil(tile), width.div_ceil(tile));
             let column_partials = quantities * height * tiles.1;
             let partials = engine.scratch(column_partials + quantities * width * tiles.0, DType::F32)?;
-            let mut launch = self
+            let launch = self
                 .launch("forward", &panel)
                 .constant("QUANTITIES", quantities as u32)
                 .flag("COLUMNS", of_columns.is_some())
                 .write("output", &partials)
                 .size("column_partials", column_partials);
-            launch = match kept {
-                Some((kept, values)) if values > 0 => {
-                    launch.flag("KEPT", true).write_part_whole("kept", kept, values).size("kept_values", values)
-                }
-                _ => launch.size("kept_values", 0),
-            };
+            let launch = self.with_kept(launch, kept, true);
             engine.launch(launch)?;
             let diagonal = self.is_gram() && panel.rows.start == panel.columns.start;
             let merge = |statistics: &dyn Bindable, range: Range<usize>, of_rows: bool, fresh: bool| {
@@ -229,7 +254,7 @@ impl<'a> Sweep<'a> {
         engine: &Engine,
         rows: Range<usize>,
         sides: (bool, bool),
-        kept: Option<(&dyn Bindable, usize)>,
+        kept: Option<Kept<'_>>,
         d_rows: Option<&Tensor>,
         d_columns: Option<&Tensor>,
     ) -> Result<()> {
@@ -245,12 +270,7 @@ impl<'a> Sweep<'a> {
                 .write("output", &gradient)
                 .bits("mirror", u32::from(diagonal))
                 .size("output_stride", width);
-            engine.launch(match kept {
-                Some((kept, values)) if values > 0 => {
-                    launch.flag("KEPT", true).read_part_whole("kept", kept, values).size("kept_values", values)
-                }
-                _ => launch.size("kept_values", 0),
-            })?;
+            engine.launch(self.with_kept(launch, kept, false))?;
             let (row_norms, column_norms) = self.matrix.norms.unzip();
             let side = |tensor: &'a Tensor, range: &Range<usize>, norms: Option<&'a Tensor>| Operand {
                 buffer: tensor,
@@ -283,27 +303,42 @@ impl<'a> Sweep<'a> {
     }
 }
 
+/// The statistics of rows without entries.
+fn clear(engine: &Engine, statistics: &dyn Bindable, rows: usize) -> Result<()> {
+    engine.launch(
+        Launch::new("similarity_sweep", "merge")
+            .constant("QUANTITIES", 3)
+            .read("partials", &engine.scratch(1, DType::F32)?)
+            .write("statistics", statistics)
+            .size("statistics_base", 0)
+            .size("count", rows)
+            .size("tiles", 0)
+            .size("tile", 1)
+            .bits("from_own", 0)
+            .bits("before_own", 0)
+            .size("partials_base", 0)
+            .bits("fresh", 1)
+            .row_of_groups(rows.div_ceil(GROUP)),
+    )
+}
+
+fn bindable(tensor: Option<&Tensor>) -> Option<&dyn Bindable> {
+    tensor.map(|tensor| tensor as &dyn Bindable)
+}
+
 pub(super) fn forward(engine: &Engine, arguments: SimilaritySweepForward<'_>) -> Result<()> {
     let SimilaritySweepForward { matrix, sums, row_statistics, column_statistics, kept } = arguments;
     let (rows, columns, _) = matrix.extents();
+    let (of_rows, of_columns) = (row_statistics.as_deref(), column_statistics.as_deref());
     if rows == 0 || columns == 0 {
-        for statistics in [row_statistics, column_statistics].into_iter().flatten() {
-            engine.clear_statistics(&*statistics, statistics.shape().rows())?;
+        for statistics in [of_rows, of_columns].into_iter().flatten() {
+            clear(engine, statistics, statistics.shape().rows())?;
         }
         return Ok(());
     }
     let sweep = Sweep::new(engine, matrix, None, None)?;
-    let kept = kept.as_deref().map(|kept| (kept as &dyn Bindable, sweep.kept_values(engine, kept.elements())));
-    let of = |statistics: Option<&'_ Tensor>| statistics.map(|statistics| statistics as &dyn Bindable).is_some();
-    let _ = of;
-    sweep.statistics(
-        engine,
-        sums,
-        0..rows,
-        row_statistics.as_deref().map(|statistics| statistics as &dyn Bindable),
-        column_statistics.as_deref().map(|statistics| statistics as &dyn Bindable),
-        kept,
-    )
+    let kept = kept.as_deref().map(|kept| sweep.kept(engine, kept, kept.elements(), 0));
+    sweep.statistics(engine, sums, 0..rows, bindable(of_rows), bindable(of_columns), kept)
 }
 
 pub(super) fn backward(engine: &Engine, arguments: SimilaritySweepBackward<'_>) -> Result<()> {
@@ -313,15 +348,45 @@ pub(super) fn backward(engine: &Engine, arguments: SimilaritySweepBackward<'_>) 
         return Ok(());
     }
     let sweep = Sweep::new(engine, matrix, row_coefficients, column_coefficients)?;
-    let kept = kept.map(|kept| (kept as &dyn Bindable, sweep.kept_values(engine, kept.elements())));
-    let sides = match sweep.is_gram() {
-        true => (row_coefficients.is_some(), row_coefficients.is_some()),
-        false => (row_coefficients.is_some(), column_coefficients.is_some()),
-    };
+    let kept = kept.map(|kept| sweep.kept(engine, kept, kept.elements(), 0));
+    let of_columns = if sweep.is_gram() { row_coefficients } else { column_coefficients };
+    let sides = (row_coefficients.is_some(), of_columns.is_some());
     sweep.gradients(engine, 0..rows, sides, kept, d_rows.as_deref(), d_columns.as_deref())
 }
 
+/// Strip by strip: logits, which are kept, and statistics; the partition of the strip's rows; gradients.
 pub(super) fn one_way(engine: &Engine, arguments: SimilaritySweepOneWay<'_>) -> Result<()> {
     let SimilaritySweepOneWay { matrices, partition, d_rows, d_columns } = arguments;
-    todo!()
+    let mut sweeps =
+        matrices.iter().map(|matrix| Sweep::new(engine, *matrix, None, None)).collect::<Result<Vec<_>>>()?;
+    sweeps.retain(|sweep| sweep.extents.1 > 0);
+    let d_columns: Vec<&Tensor> =
+        d_columns.iter().map(|tensor| &**tensor).filter(|tensor| tensor.elements() > 0).collect();
+    let rows = partition.similarity.elements();
+    let tile = sweeps.iter().map(|sweep| sweep.tile).max().unwrap_or(64);
+    let padded: Vec<usize> = sweeps.iter().map(|sweep| sweep.extents.1.next_multiple_of(sweep.tile)).collect();
+    let height = (ONE_WAY_WORKSPACE / padded.iter().sum::<usize>().max(1) / tile).max(1) * tile;
+    for first in (0..rows).step_by(height) {
+        let strip = first..rows.min(first + height);
+        let count = strip.len();
+        let mut kept = Vec::with_capacity(sweeps.len());
+        let mut statistics = Vec::with_capacity(sweeps.len());
+        for (sweep, padded) in sweeps.iter().zip(&padded) {
+            let values = count.next_multiple_of(tile) * padded;
+            let room = engine.scratch(values, DType::F32)?;
+            let of_rows = engine.scratch(count * STATISTICS, DType::F32)?;
+            let here = sweep.kept(engine, &room, values, first);
+            sweep.statistics(engine, false, strip.clone(), Some(&of_rows), None, Some(here))?;
+            kept.push((room, values));
+            statistics.push(of_rows);
+        }
+        let further: Vec<&dyn Bindable> = statistics.iter().map(|statistics| statistics as &dyn Bindable).collect();
+        partition::rows(engine, &partition, strip.clone(), &further)?;
+        for ((sweep, (room, values)), d_columns) in sweeps.iter_mut().zip(&kept).zip(&d_columns) {
+            sweep.pack_rows(engine, &*partition.coefficients)?;
+            let here = sweep.kept(engine, room, *values, first);
+            sweep.gradients(engine, strip.clone(), (true, false), Some(here), Some(&*d_rows), Some(d_columns))?;
+        }
+    }
+    Ok(())
 }
