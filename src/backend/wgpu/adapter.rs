@@ -19,6 +19,8 @@ pub(super) struct Settings {
     pub(super) no_subgroups: bool,
     /// Without 16-bit arithmetic.
     pub(super) no_f16: bool,
+    /// Values of a workspace of the loss at most, instead of as many as are fast.
+    pub(super) workspace: Option<usize>,
 }
 
 impl Settings {
@@ -36,7 +38,7 @@ impl fmt::Display for Settings {
                 write!(f, ",{name}")?;
             }
         }
-        Ok(())
+        self.workspace.map_or(Ok(()), |values| write!(f, ",workspace={values}"))
     }
 }
 
@@ -70,7 +72,10 @@ impl FromStr for Request {
                 "default-limits" => settings.default_limits = true,
                 "no-subgroups" => settings.no_subgroups = true,
                 "no-f16" => settings.no_f16 = true,
-                _ => return Err(()),
+                _ => {
+                    let values = part.strip_prefix("workspace=").and_then(|values| values.parse().ok());
+                    settings.workspace = Some(values.ok_or(())?);
+                }
             }
         }
         Ok(Self { index, settings })
@@ -147,11 +152,12 @@ mod tests {
             ("wgpu", "wgpu:0"),
             ("wgpu:3", "wgpu:3"),
             ("wgpu,checked", "wgpu:0,checked"),
+            ("wgpu,workspace=4096,checked", "wgpu:0,checked,workspace=4096"),
             ("wgpu:1,no-f16,default-limits", "wgpu:1,default-limits,no-f16"),
         ] {
             assert_eq!(text.parse::<Request>().unwrap().to_string(), printed);
         }
-        for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", "wgpu,fast", ""] {
+        for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", "wgpu,fast", "wgpu,workspace=", ""] {
             assert!(text.parse::<Request>().is_err(), "{text}");
         }
     }

@@ -184,6 +184,11 @@ impl Engine {
         if self.is_hardware() { 256 } else { 8 }
     }
 
+    /// Values of a workspace: so many, or fewer if the device was opened with fewer.
+    pub(super) fn workspace(&self, values: usize) -> usize {
+        self.settings.workspace.map_or(values, |most| values.min(most))
+    }
+
     /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
     pub(super) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         // A binding may begin up to 63 elements before its run.

@@ -193,7 +193,7 @@ impl<'a> Sweep<'a> {
         let tile = self.tile;
         let of_columns = if self.is_gram() { of_rows } else { of_columns };
         // Each tile has so many values for each of its rows and columns: as many for each entry of its matrix.
-        let values = WORKSPACE / (2 * quantities) * tile;
+        let values = engine.workspace(WORKSPACE) / (2 * quantities) * tile;
         let mut begun: Vec<usize> = Vec::new();
         for panel in self.panels(rows.clone(), values) {
             let (height, width) = (panel.rows.len(), panel.columns.len());
@@ -259,7 +259,7 @@ impl<'a> Sweep<'a> {
         d_columns: Option<&Tensor>,
     ) -> Result<()> {
         let d = self.extents.2;
-        for panel in self.panels(rows, WORKSPACE) {
+        for panel in self.panels(rows, engine.workspace(WORKSPACE)) {
             let (height, width) = (panel.rows.len(), panel.columns.len());
             let diagonal = self.is_gram() && panel.rows.start == panel.columns.start;
             let gradient = engine.scratch(height * width, DType::F32)?;
@@ -365,7 +365,7 @@ pub(super) fn one_way(engine: &Engine, arguments: SimilaritySweepOneWay<'_>) -> 
     let rows = partition.similarity.elements();
     let tile = sweeps.iter().map(|sweep| sweep.tile).max().unwrap_or(64);
     let padded: Vec<usize> = sweeps.iter().map(|sweep| sweep.extents.1.next_multiple_of(sweep.tile)).collect();
-    let height = (ONE_WAY_WORKSPACE / padded.iter().sum::<usize>().max(1) / tile).max(1) * tile;
+    let height = (engine.workspace(ONE_WAY_WORKSPACE) / padded.iter().sum::<usize>().max(1) / tile).max(1) * tile;
     for first in (0..rows).step_by(height) {
         let strip = first..rows.min(first + height);
         let count = strip.len();
