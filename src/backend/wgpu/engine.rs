@@ -40,6 +40,17 @@ pub(super) enum Failure {
     Other(String),
 }
 
+/// How products of large matrices are computed; the numbers are those of the shaders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Matrices {
+    /// By ordinary arithmetic.
+    None = 0,
+    /// By cooperative matrices of 16-bit numbers, two for each value.
+    Cooperative = 1,
+    /// As with cooperative matrices, but by ordinary arithmetic: to test the rest of it.
+    Emulated = 2,
+}
+
 /// A compiled entry point.
 #[derive(Debug)]
 struct Pipeline {
@@ -84,6 +95,20 @@ struct Record {
     submissions: usize,
 }
 
+/// How a device computes products of large matrices.
+fn matrices(settings: &Settings, device: &wgpu::Device) -> Matrices {
+    let features = device.features();
+    let enough = device.limits().max_compute_workgroup_storage_size >= 32_768;
+    if !enough || !features.contains(wgpu::Features::SHADER_F16) {
+        return Matrices::None;
+    }
+    if settings.emulate_matrices {
+        return Matrices::Emulated;
+    }
+    let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SUBGROUP;
+    if features.contains(wanted) { Matrices::Cooperative } else { Matrices::None }
+}
+
 /// A device with everything that operations need of it.
 pub(super) struct Engine {
     pub(super) name: String,
@@ -92,6 +117,7 @@ pub(super) struct Engine {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) limits: wgpu::Limits,
+    pub(super) matrices: Matrices,
     pub(super) pool: Arc<Pool>,
     failure: Arc<Mutex<Option<Failure>>>,
     pipelines: RwLock<HashMap<Permutation, Arc<Pipeline>>>,
@@ -124,6 +150,7 @@ impl Engine {
             }
         });
         let limits = device.limits();
+        let matrices = matrices(&settings, &device);
         let params_buffer = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("params"),
             size: (PARAMS_STRIDE * LAUNCHES) as u64,
@@ -139,6 +166,7 @@ impl Engine {
             device,
             queue,
             limits,
+            matrices,
             pool,
             failure,
             pipelines: RwLock::default(),
@@ -460,6 +488,16 @@ impl Engine {
             self.copy((from, 4 * first as u64), (to, 4 * to_first as u64), 4 * elements as u64);
         }
         Ok(())
+    }
+
+    /// Copies bytes from the host.
+    pub(super) fn write(&self, to: &Scratch, bytes: &[u8]) -> Result<()> {
+        self.upload(bytes, to.buffer.raw())
+    }
+
+    /// Copies bytes to the host.
+    pub(super) fn read(&self, from: &Scratch, bytes: &mut [u8]) -> Result<()> {
+        self.download(from.buffer.raw(), bytes)
     }
 
     /// Hands everything recorded to the device, without waiting for it.

@@ -33,7 +33,7 @@ use crate::Result;
 use crate::error::DType;
 use adapter::{Request, Settings};
 use buffer::Pool;
-use engine::Engine;
+use engine::{Engine, Matrices};
 
 /// A device of wgpu.
 pub struct Wgpu {
@@ -60,7 +60,10 @@ macro_rules! delegate {
 impl Wgpu {
     fn open_request(request: Request) -> Result<Self> {
         let (info, device, queue) = adapter::open(request)?;
-        let engine = Engine::new(request.to_string(), request.settings, device, queue)?;
+        let mut engine = Engine::new(request.to_string(), request.settings, device, queue)?;
+        if engine.matrices != Matrices::None && !matmul::matrices_hold(&engine, engine.matrices)? {
+            engine.matrices = Matrices::None;
+        }
         Ok(Self { engine, info })
     }
 }
