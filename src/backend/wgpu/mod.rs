@@ -5,13 +5,18 @@
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
 
+mod adamw;
 mod adapter;
 mod buffer;
 mod cast;
+mod dropout;
 mod elementwise;
+mod embedding;
 mod engine;
 mod gelu;
 mod l2_norm;
+mod layer_norm;
+mod pooling;
 mod positives;
 mod prefix_norms;
 mod reduce;
@@ -112,6 +117,13 @@ impl Backend for Wgpu {
         square_sum(SquareSum) => reduce::square_sum;
         column_sum(ColumnSum) => reduce::column_sum;
         gelu_backward(GeluBackward) => gelu::backward;
+        dropout(DropoutInPlace) => dropout::forward;
+        layer_norm_forward(LayerNormForward) => layer_norm::forward;
+        layer_norm_backward(LayerNormBackward) => layer_norm::backward;
+        embedding_forward(EmbeddingForward) => embedding::forward;
+        embedding_backward(EmbeddingBackward) => embedding::backward;
+        pooling_forward(PoolingForward) => pooling::forward;
+        pooling_backward(PoolingBackward) => pooling::backward;
         l2_norm_forward(L2NormForward) => l2_norm::forward;
         l2_norm_backward(L2NormBackward) => l2_norm::backward;
         l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
@@ -122,6 +134,7 @@ impl Backend for Wgpu {
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
+        adamw(AdamW) => adamw::step;
     }
 }
 
