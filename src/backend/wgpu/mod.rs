@@ -7,6 +7,7 @@
 
 mod adamw;
 mod adapter;
+mod attention;
 mod buffer;
 mod cast;
 mod dropout;
@@ -122,6 +123,8 @@ impl Backend for Wgpu {
         layer_norm_backward(LayerNormBackward) => layer_norm::backward;
         embedding_forward(EmbeddingForward) => embedding::forward;
         embedding_backward(EmbeddingBackward) => embedding::backward;
+        attention_forward(AttentionForward) => attention::forward;
+        attention_backward(AttentionBackward) => attention::backward;
         pooling_forward(PoolingForward) => pooling::forward;
         pooling_backward(PoolingBackward) => pooling::backward;
         l2_norm_forward(L2NormForward) => l2_norm::forward;

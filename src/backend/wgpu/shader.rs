@@ -30,6 +30,7 @@ macro_rules! sources {
 
 sources! {
     "adamw",
+    "attention",
     "cast",
     "dropout",
     "elementwise",
