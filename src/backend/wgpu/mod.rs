@@ -23,6 +23,8 @@ mod prefix_norms;
 mod reduce;
 mod rows;
 mod shader;
+#[cfg(test)]
+mod small_bindings;
 
 use std::collections::HashMap;
 use std::fmt;
