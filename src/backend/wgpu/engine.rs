@@ -88,6 +88,7 @@ struct Record {
 pub(super) struct Engine {
     pub(super) name: String,
     pub(super) settings: Settings,
+    device_type: wgpu::DeviceType,
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) limits: wgpu::Limits,
@@ -134,6 +135,7 @@ impl Engine {
         Ok(Self {
             name,
             settings,
+            device_type: device.adapter_info().device_type,
             device,
             queue,
             limits,
@@ -170,6 +172,16 @@ impl Engine {
     pub(super) fn scratch(&self, elements: usize, dtype: DType) -> Result<Scratch> {
         let buffer = Pool::allocate(&self.pool, elements * dtype.size(), self.limits.max_buffer_size)?;
         Ok(Scratch { buffer, elements })
+    }
+
+    /// Whether the device is hardware of its own, not a program on the processor.
+    pub(super) fn is_hardware(&self) -> bool {
+        self.device_type != wgpu::DeviceType::Cpu
+    }
+
+    /// So many workgroups keep the device busy. WebGPU does not tell how many a device runs at a time.
+    pub(super) fn enough_groups(&self) -> usize {
+        if self.is_hardware() { 256 } else { 8 }
     }
 
     /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.

@@ -7,9 +7,16 @@
 
 mod adapter;
 mod buffer;
+mod cast;
 mod elementwise;
 mod engine;
+mod gelu;
+mod l2_norm;
+mod matmul;
+mod positives;
+mod prefix_norms;
 mod reduce;
+mod rows;
 mod shader;
 
 use std::collections::HashMap;
@@ -99,11 +106,21 @@ impl Backend for Wgpu {
     delegate! {
         fill(Fill) => elementwise::fill;
         copy(Copy) => elementwise::copy;
+        cast(Cast) => cast::forward;
         add(Add) => elementwise::add;
         scale(Scale) => elementwise::scale;
         sum(Sum) => reduce::sum;
         square_sum(SquareSum) => reduce::square_sum;
         column_sum(ColumnSum) => reduce::column_sum;
+        matmul(MatMul) => matmul::forward;
+        gelu_backward(GeluBackward) => gelu::backward;
+        l2_norm_forward(L2NormForward) => l2_norm::forward;
+        l2_norm_backward(L2NormBackward) => l2_norm::backward;
+        l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
+        positives_forward(PositivesForward) => positives::forward;
+        positives_backward(PositivesBackward) => positives::backward;
+        prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
+        prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;

@@ -1,7 +1,7 @@
 //! WGSL sources, and the preprocessor that turns one of them into a module.
 //!
 //! A file under `shaders/` belongs to one operation; its entry points are the passes of that operation. What several
-//! files need stands under `shaders/shared/`. The preprocessor knows five lines:
+//! files need stands under `shaders/shared/`. The preprocessor knows six lines:
 //!
 //! ```text
 //! #import NAME        the text of shaders/shared/NAME.wgsl, once
@@ -9,10 +9,11 @@
 //! #ifndef FLAG        … if it is not
 //! #else
 //! #endif
+//! #define FLAG        sets it from here on
 //! ```
 //!
 //! The name of the entry point in capitals is a flag that is always set. A constant of a launch becomes
-//! `const NAME: u32 = value;` in front of everything. `shaders/permutations` lists which flags and constants each entry
+//! `const NAME: u32 = value;` in front of everything, and sets the flag `NAME_value`. `shaders/permutations` lists which flags and constants each entry
 //! point knows: tests validate all of their combinations, and what is not listed is refused.
 //!
 //! While working on a shader, run a build with debug assertions with `NEARFAR_SHADERS=shaders`.
@@ -29,11 +30,21 @@ macro_rules! sources {
 }
 
 sources! {
+    "cast",
     "elementwise",
+    "gelu",
+    "l2_norm",
+    "matmul",
+    "positives",
+    "prefix_norms",
     "reduce",
+    "shared/gelu",
     "shared/groups",
     "shared/numerics",
     "shared/reduce",
+    "shared/row_norm",
+    "shared/rows",
+    "shared/tile",
 }
 
 /// Which flags and constants each entry point knows.
@@ -110,7 +121,7 @@ fn source(name: &str) -> Result<&'static str, String> {
 /// Adds a file's lines that the flags let through.
 fn append(
     name: &str,
-    flags: &BTreeSet<String>,
+    flags: &mut BTreeSet<String>,
     imported: &mut BTreeSet<String>,
     output: &mut String,
 ) -> Result<(), String> {
@@ -132,6 +143,9 @@ fn append(
                 conditions.pop().ok_or_else(|| at("#endif without a condition"))?;
             }
             _ if conditions.contains(&false) => {}
+            "#define" => {
+                flags.insert(argument()?.to_owned());
+            }
             "#import" => {
                 let shared = format!("shared/{}", argument()?);
                 if imported.insert(shared.clone()) {
@@ -152,8 +166,9 @@ fn append(
 pub(super) fn module(permutation: &Permutation) -> Result<Module, String> {
     let mut flags: BTreeSet<String> = permutation.flags.iter().map(|flag| (*flag).to_owned()).collect();
     flags.insert(permutation.entry.to_uppercase());
+    flags.extend(permutation.constants.iter().map(|(name, value)| format!("{name}_{value}")));
     let mut body = String::new();
-    append(permutation.shader, &flags, &mut BTreeSet::new(), &mut body)?;
+    append(permutation.shader, &mut flags, &mut BTreeSet::new(), &mut body)?;
     let mut text = String::new();
     // `enable` has to come first.
     for line in body.lines().filter(|line| line.starts_with("enable ")) {

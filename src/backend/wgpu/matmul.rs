@@ -1,0 +1,236 @@
+//! Launches of `shaders/matmul.wgsl`.
+
+use std::ops::Range;
+
+use super::engine::{Bindable, Engine, Launch};
+use crate::Result;
+use crate::backend::Tensor;
+use crate::backend::operations::{Activation, MatMul};
+use crate::error::DType;
+
+/// Elements of a workgroup that finishes.
+const GROUP: usize = 256;
+/// Inner places that a part has at least.
+const SHORTEST_PART: usize = 128;
+/// Values of the partial products of one product: 32 MiB at most.
+const MOST_PARTIAL: usize = 8 << 20;
+
+/// A matrix that is part of a buffer.
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a> {
+    /// What it is part of.
+    pub(super) buffer: &'a dyn Bindable,
+    /// Its first element.
+    pub(super) first: usize,
+    /// Elements from row to row, as stored.
+    pub(super) stride: usize,
+    /// Whether it is stored with its columns as rows.
+    pub(super) transposed: bool,
+    /// What each row, as stored, is multiplied with: the factors from a place on.
+    pub(super) norms: Option<(&'a dyn Bindable, usize)>,
+}
+
+impl<'a> Operand<'a> {
+    /// A whole tensor.
+    pub(super) fn of(tensor: &'a Tensor, transposed: bool) -> Self {
+        Self { buffer: tensor, first: 0, stride: tensor.shape().width(), transposed, norms: None }
+    }
+
+    /// Of the elements (rows, columns) those of some rows and columns, in memory.
+    fn range(&self, rows: &Range<usize>, columns: &Range<usize>) -> Range<usize> {
+        let (rows, columns) = if self.transposed { (columns, rows) } else { (rows, columns) };
+        let first = self.first + rows.start * self.stride + columns.start;
+        first..first + (rows.len().max(1) - 1) * self.stride + columns.len()
+    }
+
+    /// The norms of those rows or columns that are stored as rows.
+    fn norms(&self, rows: &Range<usize>, columns: &Range<usize>) -> Option<(&'a dyn Bindable, Range<usize>)> {
+        let stored = if self.transposed { columns } else { rows };
+        self.norms.map(|(norms, first)| (norms, first + stored.start..first + stored.end))
+    }
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy)]
+pub(super) struct Output<'a> {
+    pub(super) buffer: &'a dyn Bindable,
+    pub(super) first: usize,
+    pub(super) stride: usize,
+    /// Add to what is there.
+    pub(super) accumulate: bool,
+}
+
+/// What happens to a product before it is written.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Finish<'a> {
+    /// The product is multiplied with its exponential.
+    pub(super) log_scale: Option<&'a Tensor>,
+    pub(super) bias: Option<&'a Tensor>,
+    pub(super) gelu: bool,
+    /// Where the input of the activation goes.
+    pub(super) kept: Option<&'a Tensor>,
+}
+
+/// `output (+)= finish(op(a) · op(b))`.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub(super) a: Operand<'a>,
+    pub(super) b: Operand<'a>,
+    /// (M, N, K)
+    pub(super) extents: (usize, usize, usize),
+    pub(super) output: Output<'a>,
+    pub(super) finish: Finish<'a>,
+}
+
+/// Rows and columns of a tile: large ones read less, small ones are more.
+pub(super) fn tile_size(engine: &Engine, rows: usize, columns: usize) -> usize {
+    let large = rows.div_ceil(128) * columns.div_ceil(128);
+    if engine.is_hardware() && large >= engine.enough_groups() { 128 } else { 64 }
+}
+
+/// Adds parameters and buffers of what happens to a product.
+fn finishing<'a>(launch: Launch<'a>, finish: Finish<'a>, columns: usize, rows: &Range<usize>) -> Launch<'a> {
+    let launch = launch
+        .read_if("FACTOR", "log_scale", finish.log_scale)
+        .read_if("BIAS", "bias", finish.bias)
+        .flag("GELU", finish.gelu);
+    match finish.kept {
+        Some(kept) => launch.flag("KEEP", true).write_part(
+            "kept",
+            kept,
+            rows.start * columns..rows.end * columns,
+            "kept_base",
+        ),
+        None => launch,
+    }
+}
+
+/// Runs a product, in pieces where its matrices are larger than a binding.
+pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
+    let (m, n, k) = product.extents;
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let most = (engine.limits.max_storage_buffer_binding_size / 4) as usize - 64;
+    let fits = |operand: &Operand<'_>, rows: usize, columns: usize| operand.range(&(0..rows), &(0..columns)).len() <= most;
+    let output = Operand {
+        buffer: product.output.buffer,
+        first: product.output.first,
+        stride: product.output.stride,
+        transposed: false,
+        norms: None,
+    };
+    // Rows of the output in one piece: their part of `a` has to fit too, if it is stored by them.
+    let (mut rows, mut inner) = (m, k);
+    while rows > 1 && !(fits(&output, rows, n) && (product.a.transposed || fits(&product.a, rows, k))) {
+        rows = rows.div_ceil(2).next_multiple_of(64).min(rows - 1);
+    }
+    // Inner places in one piece: matrices stored by them have to fit.
+    let by_inner = |inner: usize| {
+        (!product.a.transposed || fits(&product.a, rows, inner)) && (product.b.transposed || fits(&product.b, inner, n))
+    };
+    while inner > 1 && !by_inner(inner) {
+        inner = inner.div_ceil(2).next_multiple_of(64).min(inner - 1);
+    }
+    for first in (0..m).step_by(rows) {
+        let of_rows = first..m.min(first + rows);
+        let pieces = k.div_ceil(inner.max(1)).max(1);
+        for piece in 0..pieces {
+            let of_inner = piece * inner..k.min((piece + 1) * inner);
+            // Earlier pieces are added to; bias and activation would have to come last, but what has them is never
+            // stored by inner places.
+            let accumulate = product.output.accumulate || piece > 0;
+            one_piece(engine, product, &output, of_rows.clone(), of_inner, accumulate)?;
+        }
+    }
+    Ok(())
+}
+
+fn one_piece(
+    engine: &Engine,
+    product: &Product<'_>,
+    output: &Operand<'_>,
+    rows: Range<usize>,
+    inner: Range<usize>,
+    accumulate: bool,
+) -> Result<()> {
+    let Product { a, b, finish, .. } = *product;
+    let (m, n, k) = (rows.len(), product.extents.1, inner.len());
+    let columns = 0..n;
+    let tile = tile_size(engine, m, n);
+    let tiles = [n.div_ceil(tile), m.div_ceil(tile)];
+    let parts = (engine.enough_groups() / (tiles[0] * tiles[1]).max(1))
+        .min(k / SHORTEST_PART)
+        .min(MOST_PARTIAL / (m * n))
+        .clamp(1, 64);
+    let plain = finish.bias.is_none() && !finish.gelu && finish.kept.is_none();
+    let (norms_a, norms_b) = (a.norms(&rows, &inner), b.norms(&inner, &columns));
+    let entry = match (parts, plain) {
+        (2.., _) => "partial",
+        (_, true) => "product",
+        (_, false) => "forward",
+    };
+    let part = k.div_ceil(parts).next_multiple_of(16);
+    let parts = k.div_ceil(part).max(1);
+    let mut launch = Launch::new("matmul", entry)
+        .constant("TILE", tile as u32)
+        .flag("TRANSPOSE_A", a.transposed)
+        .flag("TRANSPOSE_B", b.transposed)
+        .read_part("a", a.buffer, a.range(&rows, &inner), "a_base")
+        .read_part("b", b.buffer, b.range(&inner, &columns), "b_base")
+        .size("rows", m)
+        .size("columns", n)
+        .size("inner", k)
+        .size("part", part)
+        .size("a_stride", a.stride)
+        .size("b_stride", b.stride)
+        .groups([tiles[0], tiles[1], parts]);
+    if let Some((norms, range)) = norms_a {
+        launch = launch.flag("NORMS_A", true).read_part("norms_a", norms, range, "norms_a_base");
+    }
+    if let Some((norms, range)) = norms_b {
+        launch = launch.flag("NORMS_B", true).read_part("norms_b", norms, range, "norms_b_base");
+    }
+    let destination = output.range(&rows, &columns);
+    if entry != "partial" {
+        launch = launch
+            .flag("ACCUMULATE", accumulate)
+            .write_part("output", output.buffer, destination, "output_base")
+            .size("output_stride", output.stride);
+        return engine.launch(finishing(launch, finish, n, &rows));
+    }
+    let partials = engine.scratch(parts * m * n, DType::F32)?;
+    engine.launch(launch.write("output", &partials).size("output_base", 0).size("output_stride", n))?;
+    let launch = Launch::new("matmul", "finish")
+        .flag("ACCUMULATE", accumulate)
+        .read("partials", &partials)
+        .write_part("output", output.buffer, destination, "output_base")
+        .size("output_stride", output.stride)
+        .size("rows", m)
+        .size("columns", n)
+        .size("parts", parts)
+        .row_of_groups((m * n).div_ceil(GROUP));
+    engine.launch(finishing(launch, finish, n, &rows))
+}
+
+pub(super) fn forward(engine: &Engine, arguments: MatMul<'_>) -> Result<()> {
+    let extents = arguments.extents();
+    let MatMul { a, transpose_a, b, transpose_b, bias, activation, accumulate, output } = arguments;
+    let stride = |rows: usize, columns: usize, transposed: bool| if transposed { rows } else { columns };
+    let (m, n, k) = extents;
+    let operand = |tensor, stride, transposed| Operand { buffer: tensor, first: 0, stride, transposed, norms: None };
+    let (gelu, kept) = match activation {
+        Activation::Identity => (false, None),
+        Activation::Gelu { input } => (true, input),
+    };
+    product(
+        engine,
+        &Product {
+            a: operand(a, stride(m, k, transpose_a), transpose_a),
+            b: operand(b, stride(k, n, transpose_b), transpose_b),
+            extents,
+            output: Output { buffer: &*output, first: 0, stride: n, accumulate },
+            finish: Finish { log_scale: None, bias, gelu, kept: kept.as_deref() },
+        },
+    )
+}
