@@ -11,8 +11,7 @@ use std::thread::LocalKey;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::guards;
-use crate::backend::{Buffer, Tensor};
+use crate::backend::{Buffer, Tensor, guards};
 use crate::{Error, Result};
 
 /// A cache line: buffers begin at one, so that no vector load straddles two.

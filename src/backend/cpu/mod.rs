@@ -14,7 +14,6 @@ mod elementwise;
 mod embedding;
 mod gelu;
 mod gemm;
-pub(crate) mod guards;
 mod l2_norm;
 mod layer_norm;
 mod matmul;
@@ -52,6 +51,14 @@ impl Cpu {
 
 macro_rules! delegate {
     ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
         $(
             fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
                 $module::$function(arguments)

@@ -9,16 +9,26 @@ use ::wgpu;
 use crate::{Error, Result};
 
 /// How a device is opened, beside which one: `wgpu:0,checked,default-limits`.
+///
+/// ```
+/// use nearfar::backend::wgpu::Settings;
+///
+/// let mut settings = Settings::default();
+/// settings.checked = true;
+/// assert_eq!("checked".parse::<Settings>()?, settings);
+/// # Ok::<(), nearfar::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub(super) struct Settings {
+#[non_exhaustive]
+pub struct Settings {
     /// With the checks of indices and loops that wgpu puts into shaders.
-    pub(super) checked: bool,
+    pub checked: bool,
     /// With WebGPU's default limits, whatever the adapter can.
-    pub(super) default_limits: bool,
+    pub default_limits: bool,
     /// Without subgroup operations.
-    pub(super) no_subgroups: bool,
+    pub no_subgroups: bool,
     /// Without 16-bit arithmetic.
-    pub(super) no_f16: bool,
+    pub no_f16: bool,
 }
 
 impl Settings {
@@ -29,14 +39,32 @@ impl Settings {
     }
 }
 
+/// The names of what is set, with commas between them.
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, set) in Self::NAMES.iter().zip(self.values()) {
-            if set {
-                write!(f, ",{name}")?;
+        let names = Self::NAMES.into_iter().zip(self.values()).filter(|(_, set)| *set).map(|(name, _)| name);
+        f.write_str(&names.collect::<Vec<_>>().join(","))
+    }
+}
+
+impl FromStr for Settings {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut settings = Self::default();
+        for name in text.split(',').filter(|name| !name.is_empty()) {
+            match name {
+                "checked" => settings.checked = true,
+                "default-limits" => settings.default_limits = true,
+                "no-subgroups" => settings.no_subgroups = true,
+                "no-f16" => settings.no_f16 = true,
+                _ => {
+                    let reason = format!("`{name}` is no way to open a device of wgpu; {}", Self::NAMES.join(", "));
+                    return Err(Error::setting("device", reason));
+                }
             }
         }
-        Ok(())
+        Ok(settings)
     }
 }
 
@@ -49,31 +77,20 @@ pub(super) struct Request {
 
 impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "wgpu:{}{}", self.index, self.settings)
+        let comma = if self.settings == Settings::default() { "" } else { "," };
+        write!(f, "wgpu:{}{comma}{}", self.index, self.settings)
     }
 }
 
-impl FromStr for Request {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<Self, ()> {
-        let mut parts = text.split(',');
-        let index = match parts.next().and_then(|kind| kind.strip_prefix("wgpu")) {
-            Some("") => 0,
-            Some(rest) => rest.strip_prefix(':').and_then(|index| index.parse().ok()).ok_or(())?,
-            None => return Err(()),
+impl Request {
+    /// What a name asks for, if it is of this kind.
+    pub(super) fn named(name: &str) -> Option<Result<Self>> {
+        let (kind, settings) = name.split_once(',').unwrap_or((name, ""));
+        let index = match kind.strip_prefix("wgpu")? {
+            "" => 0,
+            number => number.strip_prefix(':')?.parse().ok()?,
         };
-        let mut settings = Settings::default();
-        for part in parts {
-            match part {
-                "checked" => settings.checked = true,
-                "default-limits" => settings.default_limits = true,
-                "no-subgroups" => settings.no_subgroups = true,
-                "no-f16" => settings.no_f16 = true,
-                _ => return Err(()),
-            }
-        }
-        Ok(Self { index, settings })
+        Some(settings.parse().map(|settings| Self { index, settings }))
     }
 }
 
@@ -121,7 +138,7 @@ pub(super) fn open(request: Request) -> Result<(wgpu::AdapterInfo, wgpu::Device,
             .collect(),
     })?;
     let Settings { default_limits, no_subgroups, no_f16, .. } = request.settings;
-    let mut wanted = wgpu::Features::TIMESTAMP_QUERY;
+    let mut wanted = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     wanted.set(wgpu::Features::SUBGROUP, !no_subgroups);
     wanted.set(wgpu::Features::SHADER_F16, !no_f16);
     let limits = if default_limits { wgpu::Limits::default() } else { adapter.limits() };
@@ -137,6 +154,51 @@ pub(super) fn open(request: Request) -> Result<(wgpu::AdapterInfo, wgpu::Device,
     Ok((adapter.get_info(), device, queue))
 }
 
+/// The limits that decide what can be computed.
+fn limits(limits: &wgpu::Limits) -> [(&'static str, u64); 6] {
+    [
+        ("max_buffer_size", limits.max_buffer_size),
+        ("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size),
+        ("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into()),
+        ("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into()),
+        ("max_compute_invocations_per_workgroup", limits.max_compute_invocations_per_workgroup.into()),
+        ("max_compute_workgroups_per_dimension", limits.max_compute_workgroups_per_dimension.into()),
+    ]
+}
+
+/// Whether a device can do what all of WebGPU's can.
+pub(super) fn check_limits(name: &str, found: &wgpu::Limits) -> Result<()> {
+    for ((limit, needed), (_, most)) in limits(&wgpu::Limits::default()).into_iter().zip(limits(found)) {
+        if needed > most {
+            return Err(Error::Limit { device: name.into(), limit, needed, most });
+        }
+    }
+    Ok(())
+}
+
+/// What there is to know of a device.
+pub(super) fn properties(
+    info: &wgpu::AdapterInfo,
+    device: &wgpu::Device,
+    settings: Settings,
+) -> Vec<(&'static str, String)> {
+    let features = device.features();
+    let mut names: Vec<String> = features.iter_names().map(|(name, _)| name.to_lowercase().replace('_', "-")).collect();
+    if let Some(subgroup) = names.iter_mut().find(|name| *name == "subgroup") {
+        *subgroup = format!("subgroup {} to {}", info.subgroup_min_size, info.subgroup_max_size);
+    }
+    let mut properties = vec![
+        ("adapter", info.name.clone()),
+        ("kind", format!("{:?}", info.device_type)),
+        ("backend", format!("{:?}", info.backend)),
+        ("driver", format!("{} {}", info.driver, info.driver_info)),
+        ("features", names.join(", ")),
+        ("shaders", if settings.checked { "checked" } else { "unchecked" }.into()),
+    ];
+    properties.extend(limits(&device.limits()).map(|(limit, most)| (limit, most.to_string())));
+    properties
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,10 +211,20 @@ mod tests {
             ("wgpu,checked", "wgpu:0,checked"),
             ("wgpu:1,no-f16,default-limits", "wgpu:1,default-limits,no-f16"),
         ] {
-            assert_eq!(text.parse::<Request>().unwrap().to_string(), printed);
+            assert_eq!(Request::named(text).unwrap().unwrap().to_string(), printed);
         }
-        for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", "wgpu,fast", ""] {
-            assert!(text.parse::<Request>().is_err(), "{text}");
+        for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", ""] {
+            assert!(Request::named(text).is_none(), "{text}");
         }
+        let error = Request::named("wgpu:1,fast").unwrap().unwrap_err().to_string();
+        assert!(error.contains("`fast`") && error.contains("checked, default-limits"), "{error}");
+    }
+
+    #[test]
+    fn limits_below_the_default_ones_are_named() {
+        check_limits("own", &wgpu::Limits::default()).unwrap();
+        let few = wgpu::Limits { max_storage_buffers_per_shader_stage: 4, ..wgpu::Limits::default() };
+        let error = check_limits("own", &few).unwrap_err().to_string();
+        assert_eq!(error, "own: 8 is more than the device's `max_storage_buffers_per_shader_stage` of 4");
     }
 }

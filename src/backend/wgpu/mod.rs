@@ -4,15 +4,21 @@
 //! [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
+//!
+//! [`Wgpu`] computes on a caller's own device, buffers and encoder, too; the crate `wgpu` is
+//! [`nearfar::wgpu`](crate::wgpu).
 
 mod adapter;
 mod buffer;
+mod cache;
+mod caller;
 mod cast;
 mod elementwise;
 mod engine;
 mod gelu;
 mod l2_norm;
 mod matmul;
+mod pipeline;
 mod positives;
 mod prefix_norms;
 mod reduce;
@@ -28,8 +34,8 @@ use ::wgpu;
 use super::{Backend, Buffer, Device, Tensor, operations};
 use crate::Result;
 use crate::error::DType;
-use adapter::{Request, Settings};
-use buffer::Pool;
+use adapter::Request;
+pub use adapter::Settings;
 use engine::Engine;
 
 /// A device of wgpu.
@@ -46,6 +52,14 @@ impl fmt::Debug for Wgpu {
 
 macro_rules! delegate {
     ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
         $(
             fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
                 $module::$function(&self.engine, arguments)
@@ -84,23 +98,30 @@ impl Backend for Wgpu {
         self.engine.submit()
     }
 
+    fn properties(&self) -> Vec<(&'static str, String)> {
+        adapter::properties(&self.info, &self.engine.device, self.engine.settings)
+    }
+
+    fn guard_violations(&self) -> usize {
+        self.engine.guard_violations()
+    }
+
     fn held_bytes(&self) -> Option<usize> {
         Some(self.engine.pool.taken())
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
-        let bytes = elements * dtype.size();
-        Ok(Arc::new(Pool::allocate(&self.engine.pool, bytes, self.engine.limits.max_buffer_size)?))
+        Ok(Arc::new(self.engine.allocate(elements, dtype)?))
     }
 
     fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.upload(bytes, raw)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.upload(bytes, buffer, 0)
     }
 
     fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.download(raw, bytes)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.download(buffer, bytes)
     }
 
     delegate! {
@@ -142,7 +163,7 @@ fn opened(request: Request) -> Result<Device> {
 
 /// The device of a name, if the name is one of this backend's.
 pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
-    name.parse::<Request>().ok().map(opened)
+    Request::named(name).map(|request| request.and_then(opened))
 }
 
 /// All devices that can be opened.
