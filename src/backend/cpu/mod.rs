@@ -93,7 +93,7 @@ impl Backend for Cpu {
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
-        Ok(Arc::new(Pool::allocate(&self.pool, elements * dtype.size())?))
+        Ok(Arc::new(Pool::allocate(&self.pool, elements.saturating_mul(dtype.size()))?))
     }
 
     fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {

@@ -75,7 +75,7 @@ impl Pool {
     /// A buffer of so many bytes, holding whatever it held before. If it is guarded, the guard words are still to be
     /// written.
     pub(super) fn allocate(pool: &Arc<Self>, bytes: usize, guarded: bool) -> Result<WgpuBuffer> {
-        let end = bytes.next_multiple_of(4) as u64;
+        let end = bytes.checked_next_multiple_of(4).unwrap_or(usize::MAX) as u64;
         if end > pool.most {
             let (device, limit) = (pool.device.clone(), "max_buffer_size");
             return Err(Error::Limit { device, limit, needed: bytes as u64, most: pool.most });

@@ -187,9 +187,7 @@ impl Engine {
 
     /// Room for values.
     pub(super) fn allocate(&self, elements: usize, dtype: DType) -> Result<WgpuBuffer> {
-        let bytes = elements
-            .checked_mul(dtype.size())
-            .ok_or_else(|| self.limit("max_buffer_size", u64::MAX, self.limits.max_buffer_size))?;
+        let bytes = elements.saturating_mul(dtype.size());
         let buffer = Pool::allocate(&self.pool, bytes, guards::are_wanted())?;
         if let Some(guard) = buffer.guard() {
             let words = vec![guards::PATTERN; (guard.end - guard.start) as usize];
@@ -776,5 +774,78 @@ impl<'a> Launch<'a> {
         let y = count.div_ceil(MOST_GROUPS).max(1);
         let x = count.div_ceil(y);
         self.size("groups", count).groups([x, y, usize::from(count > 0)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::backend::guards::Guards;
+    use crate::backend::wgpu::{Settings, Wgpu};
+
+    fn open() -> Option<Device> {
+        match Wgpu::open(0, Settings::default()) {
+            Ok(opened) => Some(Device::new(opened)),
+            Err(error) => {
+                println!("skipped: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_beyond_a_guarded_buffer_is_noticed() {
+        let Some(device) = open() else { return };
+        let engine = &device.backend::<Wgpu>().unwrap().engine;
+        let guards = Guards::raise();
+        for elements in [0, 1, 63, 64, 65, 1000] {
+            let buffer = engine.allocate(elements, DType::F32).unwrap();
+            engine.upload(&vec![7; 4 * elements], &buffer, 0).unwrap();
+        }
+        assert_eq!(device.guard_violations(), 0);
+        for elements in [1, 63, 64, 1000] {
+            let before = device.guard_violations();
+            let buffer = engine.allocate(elements, DType::F32).unwrap();
+            let (end, size) = ((4 * elements) as u64, buffer.raw().size());
+            assert!((256..512).contains(&(size - end)));
+            engine.upload(&[7; 4], &buffer, if elements == 63 { size - 4 } else { end }).unwrap();
+            drop(buffer);
+            assert_eq!(device.guard_violations(), before + 1, "{elements}");
+        }
+        // A shader that writes one element too many.
+        let before = device.guard_violations();
+        let values = engine.scratch(100, DType::F32).unwrap();
+        let fill = Launch::new("elementwise", "fill").write_part("output", &values, 0..100, "output_base");
+        engine.launch(fill.float("value", 1.0).size("count", 101).row_of_groups(1)).unwrap();
+        drop(values);
+        assert_eq!(device.guard_violations(), before + 1);
+        drop(guards);
+        let unguarded = engine.allocate(100, DType::F32).unwrap();
+        assert!(unguarded.guard().is_none());
+    }
+
+    #[test]
+    fn launches_that_do_not_fit_their_shader_are_refused() {
+        let Some(device) = open() else { return };
+        let engine = &device.backend::<Wgpu>().unwrap().engine;
+        let values = engine.scratch(64, DType::F32).unwrap();
+        let fill = || Launch::new("elementwise", "fill").write_part("output", &values, 0..64, "output_base");
+        // What it binds is known by its first launch.
+        engine.launch(fill().size("count", 64).float("value", 1.0).row_of_groups(1)).unwrap();
+        for (launch, expected) in [
+            (fill().size("count", 64).row_of_groups(1), "lacks `value`"),
+            (fill().size("count", 64).size("value", 1).row_of_groups(1), "`value` is of another type"),
+            (fill().size("count", 64).float("value", 1.0).size("more", 1).row_of_groups(1), "no room for all"),
+            (fill().flag("ACCUMULATE", true), "not among shaders/permutations"),
+            (fill().size("count", usize::MAX).float("value", 1.0), "beyond 32 bits"),
+            (fill().groups([1 << 16, 1, 1]), "max_compute_workgroups_per_dimension"),
+            (Launch::new("elementwise", "scale").read("input", &values), "lacks"),
+            (Launch::new("elementwise", "column").read("nothing", &values), "no buffer `nothing`"),
+        ] {
+            let error = engine.launch(launch).unwrap_err().to_string();
+            assert!(error.contains(expected), "no `{expected}` in: {error}");
+        }
+        device.submit().unwrap();
     }
 }
