@@ -110,6 +110,8 @@ fn finish(
 #endif
 #import tile
 
+fn prepare(row: u32, column: u32) {}
+
 // The element of `a` that stands in a row of op(a).
 fn left_value(row: u32, k: u32) -> f32 {
     if (row >= params.rows) {

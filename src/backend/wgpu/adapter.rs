@@ -29,6 +29,8 @@ pub struct Settings {
     pub no_subgroups: bool,
     /// Without 16-bit arithmetic.
     pub no_f16: bool,
+    /// Values of a workspace of the loss at most, instead of as many as are fast.
+    pub workspace: Option<usize>,
 }
 
 impl Settings {
@@ -42,8 +44,9 @@ impl Settings {
 /// The names of what is set, with commas between them.
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = Self::NAMES.into_iter().zip(self.values()).filter(|(_, set)| *set).map(|(name, _)| name);
-        f.write_str(&names.collect::<Vec<_>>().join(","))
+        let names = Self::NAMES.into_iter().zip(self.values()).filter(|(_, set)| *set).map(|(name, _)| name.to_owned());
+        let workspace = self.workspace.map(|values| format!("workspace={values}"));
+        f.write_str(&names.chain(workspace).collect::<Vec<_>>().join(","))
     }
 }
 
@@ -59,8 +62,12 @@ impl FromStr for Settings {
                 "no-subgroups" => settings.no_subgroups = true,
                 "no-f16" => settings.no_f16 = true,
                 _ => {
-                    let reason = format!("`{name}` is no way to open a device of wgpu; {}", Self::NAMES.join(", "));
-                    return Err(Error::setting("device", reason));
+                    let values = name.strip_prefix("workspace=").and_then(|values| values.parse().ok());
+                    settings.workspace = Some(values.ok_or_else(|| {
+                        let names = Self::NAMES.join(", ");
+                        let reason = format!("`{name}` is none of: {names}, workspace=VALUES");
+                        Error::setting("device", reason)
+                    })?);
                 }
             }
         }
@@ -209,6 +216,7 @@ mod tests {
             ("wgpu", "wgpu:0"),
             ("wgpu:3", "wgpu:3"),
             ("wgpu,checked", "wgpu:0,checked"),
+            ("wgpu,workspace=4096,checked", "wgpu:0,checked,workspace=4096"),
             ("wgpu:1,no-f16,default-limits", "wgpu:1,default-limits,no-f16"),
         ] {
             assert_eq!(Request::named(text).unwrap().unwrap().to_string(), printed);
@@ -216,8 +224,10 @@ mod tests {
         for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", ""] {
             assert!(Request::named(text).is_none(), "{text}");
         }
-        let error = Request::named("wgpu:1,fast").unwrap().unwrap_err().to_string();
-        assert!(error.contains("`fast`") && error.contains("checked, default-limits"), "{error}");
+        for setting in ["fast", "workspace=", "workspace=x"] {
+            let error = Request::named(&format!("wgpu:1,{setting}")).unwrap().unwrap_err().to_string();
+            assert!(error.contains(&format!("`{setting}`")) && error.contains("checked, default-limits"), "{error}");
+        }
     }
 
     #[test]

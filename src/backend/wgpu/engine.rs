@@ -239,6 +239,11 @@ impl Engine {
         if self.is_hardware() { 256 } else { 8 }
     }
 
+    /// Values of a workspace: so many, or fewer if the device was opened with fewer.
+    pub(super) fn workspace(&self, values: usize) -> usize {
+        self.settings.workspace.map_or(values, |most| values.min(most))
+    }
+
     /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
     pub(super) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         // A binding may begin up to 63 elements before its run.
@@ -441,6 +446,22 @@ impl Engine {
         drop(record);
         self.pipelines.save();
         self.check()
+    }
+
+    /// Records a copy of elements of 4 bytes.
+    pub(super) fn copy_elements(
+        &self,
+        (from, first): (&dyn Bindable, usize),
+        (to, to_first): (&dyn Bindable, usize),
+        elements: usize,
+    ) -> Result<()> {
+        let (Some((from, _)), Some((to, _))) = (from.bind(), to.bind()) else {
+            return Err(self.broken("a buffer of another backend"));
+        };
+        if elements > 0 {
+            self.copy((from, 4 * first as u64), (to, 4 * to_first as u64), 4 * elements as u64);
+        }
+        Ok(())
     }
 
     /// Hands everything recorded to the device, without waiting for it. While a caller's encoder is recorded there is
@@ -731,6 +752,24 @@ impl<'a> Launch<'a> {
         base: &'static str,
     ) -> Self {
         self.bind(name, what, Some((elements, base)), true)
+    }
+
+    /// Binds the first so many elements, of 4 bytes, of what is read.
+    pub(super) fn read_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
+        self.first(name, what, elements, false)
+    }
+
+    /// The same of what is written.
+    pub(super) fn write_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
+        self.first(name, what, elements, true)
+    }
+
+    fn first<T: Bindable + ?Sized>(mut self, name: &'static str, what: &'a T, elements: usize, writes: bool) -> Self {
+        self = self.bind(name, what, None, writes);
+        if let Some(bound) = self.bound.last_mut() {
+            bound.bytes = bound.bytes.min(4 * elements as u64).max(4);
+        }
+        self
     }
 
     /// A parameter that is a size or a place.

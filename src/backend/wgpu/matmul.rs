@@ -82,10 +82,12 @@ pub(super) struct Product<'a> {
     pub(super) finish: Finish<'a>,
 }
 
-/// Rows and columns of a tile: large ones read less, small ones are more.
+/// Rows and columns of a tile. Large ones read less for each product; small ones are more, and keep a device busy that
+/// has hundreds of units. A software driver has few, and is faster with large ones by half.
 pub(super) fn tile_size(engine: &Engine, rows: usize, columns: usize) -> usize {
-    let large = rows.div_ceil(128) * columns.div_ceil(128);
-    if engine.is_hardware() && large >= engine.enough_groups() { 128 } else { 64 }
+    let tiles = rows.div_ceil(128) * columns.div_ceil(128);
+    let enough = if engine.is_hardware() { tiles >= engine.enough_groups() } else { rows > 64 && columns > 64 };
+    if enough { 128 } else { 64 }
 }
 
 /// Adds parameters and buffers of what happens to a product.

@@ -18,12 +18,15 @@ mod engine;
 mod gelu;
 mod l2_norm;
 mod matmul;
+mod merge_statistics;
+mod partition;
 mod pipeline;
 mod positives;
 mod prefix_norms;
 mod reduce;
 mod rows;
 mod shader;
+mod similarity_sweep;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -90,10 +93,6 @@ impl Backend for Wgpu {
         false
     }
 
-    fn prefers_one_way(&self, _: usize) -> bool {
-        false
-    }
-
     fn submit(&self) -> Result<()> {
         self.engine.submit()
     }
@@ -140,6 +139,11 @@ impl Backend for Wgpu {
         l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
         positives_forward(PositivesForward) => positives::forward;
         positives_backward(PositivesBackward) => positives::backward;
+        similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
+        similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
+        similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
+        merge_statistics(MergeStatistics) => merge_statistics::forward;
+        partition(Partition) => partition::forward;
         prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
         prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
         column(Column) => elementwise::column;

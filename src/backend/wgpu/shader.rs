@@ -35,6 +35,8 @@ sources! {
     "gelu",
     "l2_norm",
     "matmul",
+    "merge_statistics",
+    "partition",
     "positives",
     "prefix_norms",
     "reduce",
@@ -44,7 +46,9 @@ sources! {
     "shared/reduce",
     "shared/row_norm",
     "shared/rows",
+    "shared/statistics",
     "shared/tile",
+    "similarity_sweep",
 }
 
 /// Which flags and constants each entry point knows.
