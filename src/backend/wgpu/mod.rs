@@ -8,25 +8,33 @@
 //! [`Wgpu`] computes on a caller's own device, buffers and encoder, too; the crate `wgpu` is
 //! [`nearfar::wgpu`](crate::wgpu).
 
+mod adamw;
 mod adapter;
+mod attention;
 mod buffer;
 mod cache;
 mod caller;
 mod cast;
+mod dropout;
 mod elementwise;
+mod embedding;
 mod engine;
 mod gelu;
 mod l2_norm;
+mod layer_norm;
 mod matmul;
 mod merge_statistics;
 mod partition;
 mod pipeline;
+mod pooling;
 mod positives;
 mod prefix_norms;
 mod reduce;
 mod rows;
 mod shader;
 mod similarity_sweep;
+#[cfg(test)]
+mod small_bindings;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -134,6 +142,15 @@ impl Backend for Wgpu {
         column_sum(ColumnSum) => reduce::column_sum;
         matmul(MatMul) => matmul::forward;
         gelu_backward(GeluBackward) => gelu::backward;
+        dropout(DropoutInPlace) => dropout::forward;
+        layer_norm_forward(LayerNormForward) => layer_norm::forward;
+        layer_norm_backward(LayerNormBackward) => layer_norm::backward;
+        embedding_forward(EmbeddingForward) => embedding::forward;
+        embedding_backward(EmbeddingBackward) => embedding::backward;
+        attention_forward(AttentionForward) => attention::forward;
+        attention_backward(AttentionBackward) => attention::backward;
+        pooling_forward(PoolingForward) => pooling::forward;
+        pooling_backward(PoolingBackward) => pooling::backward;
         l2_norm_forward(L2NormForward) => l2_norm::forward;
         l2_norm_backward(L2NormBackward) => l2_norm::backward;
         l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
@@ -149,6 +166,7 @@ impl Backend for Wgpu {
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
+        adamw(AdamW) => adamw::step;
     }
 }
 
