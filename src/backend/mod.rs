@@ -14,6 +14,7 @@ pub(crate) mod guards;
 pub mod operations;
 mod packed;
 pub mod philox;
+mod support;
 mod tensor;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -24,6 +25,7 @@ use std::str::FromStr;
 use std::sync::{Arc, LazyLock};
 
 pub use packed::PackedBatch;
+pub use support::{backends, support_table};
 pub use tensor::{Buffer, Element, Tensor};
 
 use crate::error::{DType, Shape};
@@ -386,7 +388,7 @@ impl FromStr for Device {
         match name {
             "cpu" => return Ok(Self::cpu()),
             #[cfg(feature = "wgpu")]
-            "auto" => return Ok(wgpu::hardware().unwrap_or_else(Self::cpu)),
+            "auto" => return Ok(wgpu::hardware().and_then(Result::ok).unwrap_or_else(Self::cpu)),
             #[cfg(not(feature = "wgpu"))]
             "auto" => return Ok(Self::cpu()),
             _ => {}

@@ -51,6 +51,7 @@
 //! reports it by [`Backend::guard_violations`](crate::backend::Backend::guard_violations). On the CPU the value of that
 //! is for the matrix products, the one part that is not safe Rust; shaders run without checks of their indices.
 
+mod expectations;
 mod inputs;
 mod losses;
 mod operations;
@@ -62,6 +63,8 @@ use rayon::prelude::*;
 
 use crate::backend::guards::Guards;
 use crate::{Device, Result, Tensor};
+
+pub use expectations::{EXPECTED_FAILURES, Expectation, Verdict};
 
 /// ε: the distance from 1 to the next single-precision number.
 const EPSILON: f64 = f32::EPSILON as f64;

@@ -194,8 +194,8 @@ pub(super) fn available() -> Vec<Device> {
     requests.filter_map(|request| opened(request).ok()).collect()
 }
 
-/// The first device that is hardware of its own.
-pub(super) fn hardware() -> Option<Device> {
+/// The first device that is hardware of its own, if there is one.
+pub fn hardware() -> Option<Result<Device>> {
     let index = adapter::adapters().iter().position(adapter::is_hardware)?;
-    opened(Request { index, settings: Settings::default() }).ok()
+    Some(opened(Request { index, settings: Settings::default() }))
 }
