@@ -8,6 +8,7 @@ use std::fmt::Debug;
 
 use nearfar::backend::operations::{Activation, MatMul};
 use nearfar::backend::wgpu::{Settings, Wgpu};
+use nearfar::conformance::{self, Case, Outcome, Verdict};
 use nearfar::error::DType;
 use nearfar::{Device, Error, Result, Tensor, wgpu};
 
@@ -263,5 +264,121 @@ fn memory_that_is_not_there_is_an_error() {
         Err(Error::OutOfMemory { device, bytes }) => assert!(device.starts_with("own (") && bytes > 0, "{device}"),
         Ok(_) => println!("skipped: the adapter does not tell how much memory there is"),
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// All rows of the table; with WebGPU's default limits and every index checked those that do not take long.
+#[test]
+fn the_first_adapter_conforms() {
+    let mut strict = Settings::default();
+    (strict.checked, strict.default_limits) = (true, true);
+    for settings in [Settings::default(), strict] {
+        let Some(device) = open(settings) else { return };
+        let (name, description) = (device.name(), device.description());
+        let cases = conformance::cases();
+        let cases: Vec<&Case> = cases.iter().filter(|case| settings != strict || !case.is_slow()).collect();
+        let (mut failing, mut worst) = (Vec::new(), (0.0, String::new()));
+        let show = |case: &Case, outcome: Outcome| {
+            match Verdict::of(&description, case.name(), &outcome) {
+                Verdict::Fails => failing.push(format!("{}: {outcome}", case.name())),
+                Verdict::HoldsUnexpectedly(reason) => {
+                    failing.push(format!("{} holds, but was to fail: {reason}", case.name()));
+                }
+                Verdict::FailsAsExpected(reason) => println!("{}: {outcome}; known: {reason}", case.name()),
+                Verdict::Holds if outcome.ratio() > worst.0 => worst = (outcome.ratio(), case.name().to_owned()),
+                Verdict::Holds => {}
+            }
+            Ok::<(), Error>(())
+        };
+        conformance::run(&device, &cases, show).unwrap();
+        assert!(
+            failing.is_empty(),
+            "{} of {} rows fail on {name}, {description}:\n{}",
+            failing.len(),
+            cases.len(),
+            failing.join("\n")
+        );
+        println!("{name}: {} rows, worst {:.3} of its bound: {}", cases.len(), worst.0, worst.1);
+    }
+}
+
+#[cfg(feature = "train")]
+mod training {
+    use std::path::Path;
+
+    use nearfar::train::{self, Event, TrainSettings, Watcher, resume, train};
+
+    use super::*;
+
+    const WORDS: [&str; 12] =
+        ["amber", "berry", "cloud", "delta", "ember", "frost", "glass", "honey", "ivory", "jewel", "koala", "lilac"];
+
+    fn settings(folder: &Path) -> TrainSettings {
+        let word = |i: usize| WORDS[i % WORDS.len()];
+        let lines: Vec<String> = (0..36)
+            .map(|i| {
+                let (query, document) =
+                    (format!("what is {} {}", word(i), i), format!("{} {i} by {}", word(i), word(7 * i)));
+                serde_json::json!({ "query": query, "document": document }).to_string()
+            })
+            .collect();
+        std::fs::write(folder.join("pairs.jsonl"), lines.join("\n")).unwrap();
+        TrainSettings {
+            pairs: folder.join("pairs.jsonl"),
+            evaluate_on: None,
+            layers: 1,
+            hidden_size: 16,
+            feed_forward_size: 32,
+            vocabulary_size: 200,
+            batch_size: 12,
+            max_query_length: 8,
+            max_document_length: 16,
+            steps: Some(14),
+            checkpoint_every: 5,
+            ..TrainSettings::default()
+        }
+    }
+
+    /// The losses in a folder, step by step.
+    fn losses(output: &Path) -> Vec<f64> {
+        let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+        let records = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        records.filter_map(|record| record["loss"].as_f64()).collect()
+    }
+
+    struct Destroy(wgpu::Device);
+
+    impl Watcher for Destroy {
+        fn event(&mut self, event: Event<'_>) {
+            if matches!(event, Event::Checkpoint { step: 5 }) {
+                self.0.destroy();
+            }
+        }
+    }
+
+    #[test]
+    fn a_training_follows_that_of_the_processor_and_survives_the_loss_of_its_device() {
+        let Some(device) = open(Settings::default()) else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(folder.path());
+        let run = |device: &Device, name: &str, watcher: &mut dyn Watcher| -> Result<train::Outcome> {
+            train(&settings, &folder.path().join(name), device, watcher)
+        };
+        run(&Device::cpu(), "cpu", &mut |_: Event<'_>| ()).unwrap();
+        let whole = run(&device, "whole", &mut |_: Event<'_>| ()).unwrap();
+        let (expected, found) = (losses(&folder.path().join("cpu")), losses(&folder.path().join("whole")));
+        assert_eq!((expected.len(), found.len()), (14, 14));
+        for (step, (expected, found)) in expected.iter().zip(&found).enumerate() {
+            assert!((found - expected).abs() <= 1e-3 * expected.abs(), "step {}: {found}, not {expected}", step + 1);
+        }
+
+        let Some(fragile) = open(Settings::default()) else { return };
+        let error = run(&fragile, "parts", &mut Destroy(raw(&fragile).device().clone())).unwrap_err();
+        let Error::DeviceLost { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("the checkpoint of step 5 is kept in"), "{error}");
+        let resumed = resume(None, &folder.path().join("parts"), &device, &mut |_: Event<'_>| ()).unwrap();
+        assert_eq!((resumed.steps, resumed.loss.to_bits()), (whole.steps, whole.loss.to_bits()));
+        let weights = |name: &str| std::fs::read(folder.path().join(name).join("checkpoint.safetensors")).unwrap();
+        assert!(weights("whole") == weights("parts"), "the weights are not those of a training without interruption");
     }
 }
