@@ -4,11 +4,16 @@
 //! [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
+//!
+//! [`Wgpu`] computes on a caller's own device, buffers and encoder, too; the crate `wgpu` is
+//! [`nearfar::wgpu`](crate::wgpu).
 
 mod adamw;
 mod adapter;
 mod attention;
 mod buffer;
+mod cache;
+mod caller;
 mod cast;
 mod dropout;
 mod elementwise;
@@ -20,6 +25,7 @@ mod layer_norm;
 mod matmul;
 mod merge_statistics;
 mod partition;
+mod pipeline;
 mod pooling;
 mod positives;
 mod prefix_norms;
@@ -39,9 +45,9 @@ use ::wgpu;
 use super::{Backend, Buffer, Device, Tensor, operations};
 use crate::Result;
 use crate::error::DType;
-use adapter::{Request, Settings};
-use buffer::Pool;
-use engine::{Engine, Matrices};
+use adapter::Request;
+pub use adapter::Settings;
+use engine::Engine;
 
 /// A device of wgpu.
 pub struct Wgpu {
@@ -57,6 +63,14 @@ impl fmt::Debug for Wgpu {
 
 macro_rules! delegate {
     ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
         $(
             fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
                 $module::$function(&self.engine, arguments)
@@ -68,10 +82,7 @@ macro_rules! delegate {
 impl Wgpu {
     fn open_request(request: Request) -> Result<Self> {
         let (info, device, queue) = adapter::open(request)?;
-        let mut engine = Engine::new(request.to_string(), request.settings, device, queue)?;
-        if engine.matrices != Matrices::None && !matmul::matrices_hold(&engine, engine.matrices)? {
-            engine.matrices = Matrices::None;
-        }
+        let engine = Engine::new(request.to_string(), request.settings, device, queue)?;
         Ok(Self { engine, info })
     }
 }
@@ -94,23 +105,30 @@ impl Backend for Wgpu {
         self.engine.submit()
     }
 
+    fn properties(&self) -> Vec<(&'static str, String)> {
+        adapter::properties(&self.info, &self.engine.device, self.engine.settings)
+    }
+
+    fn guard_violations(&self) -> usize {
+        self.engine.guard_violations()
+    }
+
     fn held_bytes(&self) -> Option<usize> {
         Some(self.engine.pool.taken())
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
-        let bytes = elements * dtype.size();
-        Ok(Arc::new(Pool::allocate(&self.engine.pool, bytes, self.engine.limits.max_buffer_size)?))
+        Ok(Arc::new(self.engine.allocate(elements, dtype)?))
     }
 
     fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.upload(bytes, raw)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.upload(bytes, buffer, 0)
     }
 
     fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.download(raw, bytes)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.download(buffer, bytes)
     }
 
     delegate! {
@@ -138,13 +156,13 @@ impl Backend for Wgpu {
         l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
         positives_forward(PositivesForward) => positives::forward;
         positives_backward(PositivesBackward) => positives::backward;
-        prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
-        prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
         similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
         similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
         similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
         merge_statistics(MergeStatistics) => merge_statistics::forward;
         partition(Partition) => partition::forward;
+        prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
+        prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
@@ -167,7 +185,7 @@ fn opened(request: Request) -> Result<Device> {
 
 /// The device of a name, if the name is one of this backend's.
 pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
-    name.parse::<Request>().ok().map(opened)
+    Request::named(name).map(|request| request.and_then(opened))
 }
 
 /// All devices that can be opened.
@@ -176,8 +194,8 @@ pub(super) fn available() -> Vec<Device> {
     requests.filter_map(|request| opened(request).ok()).collect()
 }
 
-/// The first device that is hardware of its own.
-pub(super) fn hardware() -> Option<Device> {
+/// The first device that is hardware of its own, if there is one.
+pub fn hardware() -> Option<Result<Device>> {
     let index = adapter::adapters().iter().position(adapter::is_hardware)?;
-    opened(Request { index, settings: Settings::default() }).ok()
+    Some(opened(Request { index, settings: Settings::default() }))
 }
