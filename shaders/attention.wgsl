@@ -16,7 +16,8 @@
 // 4·y + 3 and other rows 4·x to 4·x + 3, and of the sums of the same own rows every eighth four of columns from 4·x on.
 // A launch has the sequences that begin in its `owned_rows` rows from `first_row` on; `count` rows are bound.
 //
-// HEAD is the width of a head, rounded up to a power of two from 32 on; columns that are not there count as 0.
+// HEAD is the width of a head, rounded up to a power of two from 32 on; columns that are not there count as 0. With
+// VECTORS the width of a head is a multiple of 4, and values are read and written four at a time.
 
 #import groups
 #import numerics
@@ -50,19 +51,25 @@ struct Params {
 #endif
 }
 
+#ifdef VECTORS
+alias Values = vec4<f32>;
+#else
+alias Values = f32;
+#endif
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> offsets: array<u32>;
 // (T, 3·C): query, key and value of each row.
-@group(0) @binding(2) var<storage, read> projections: array<f32>;
+@group(0) @binding(2) var<storage, read> projections: array<Values>;
 // (T, C), or (T, 3·C) for gradients.
-@group(0) @binding(3) var<storage, read_write> output: array<f32>;
+@group(0) @binding(3) var<storage, read_write> output: array<Values>;
 // (T, heads)
 #ifdef FORWARD
 @group(0) @binding(4) var<storage, read_write> log_sum_exp: array<f32>;
 #else
 @group(0) @binding(4) var<storage, read> log_sum_exp: array<f32>;
 @group(0) @binding(5) var<storage, read> along: array<f32>;
-@group(0) @binding(6) var<storage, read> upstream: array<f32>;
+@group(0) @binding(6) var<storage, read> upstream: array<Values>;
 #endif
 
 // Rows of a block, columns that scores are computed from at a time, and lines of the tile, one longer than it is full:
@@ -113,32 +120,53 @@ fn task(id: vec3<u32>, lines: vec3<u32>) -> Task {
     return Task(first, end - first, head, group % params.blocks * BLOCK);
 }
 
-fn element(matrix: u32, here: Task, row: u32, column: u32) -> f32 {
+// Four columns of a row, the first of them a multiple of 4; 0 beyond the sequence or the head.
+fn four_of(matrix: u32, here: Task, row: u32, column: u32) -> vec4<f32> {
     if (row >= here.length || column >= params.head_width) {
-        return 0.0;
+        return vec4<f32>();
     }
     let place = here.first + row;
     let at = here.head * params.head_width + column;
+#ifdef VECTORS
 #ifndef FORWARD
     if (matrix == UPSTREAM) {
-        return upstream[params.upstream_base + place * params.width + at];
+        return upstream[(params.upstream_base + place * params.width + at) / 4u];
     }
 #endif
-    return projections[params.projections_base + (3u * place + matrix) * params.width + at];
+    return projections[(params.projections_base + (3u * place + matrix) * params.width + at) / 4u];
+#else
+    let steps = vec4<u32>(0u, 1u, 2u, 3u);
+    let there = vec4<u32>(params.head_width - column);
+    let within = at + min(steps, there - 1u);
+    var values = vec4<f32>();
+#ifndef FORWARD
+    if (matrix == UPSTREAM) {
+        let i = params.upstream_base + place * params.width + within;
+        values = vec4<f32>(upstream[i.x], upstream[i.y], upstream[i.z], upstream[i.w]);
+        return select(vec4<f32>(), values, steps < there);
+    }
+#endif
+    let i = params.projections_base + (3u * place + matrix) * params.width + within;
+    values = vec4<f32>(projections[i.x], projections[i.y], projections[i.z], projections[i.w]);
+    return select(vec4<f32>(), values, steps < there);
+#endif
 }
 
 // Puts columns from `slice` on of 32 rows into the tile, a line for each column.
 fn load_columns(to: u32, matrix: u32, here: Task, first: u32, slice: u32, lane: u32) {
-    let line = lane % SLICE;
-    for (var four = lane / SLICE; four < BLOCK / 4u; four += 64u / SLICE) {
-        let row = first + 4u * four;
-        tile[to + line * LINE + four] = vec4<f32>(
-            element(matrix, here, row, slice + line),
-            element(matrix, here, row + 1u, slice + line),
-            element(matrix, here, row + 2u, slice + line),
-            element(matrix, here, row + 3u, slice + line),
-        );
-    }
+    let row = first + lane / 8u * 4u;
+    let column = lane % 8u * 4u;
+    let columns = transpose(mat4x4<f32>(
+        four_of(matrix, here, row, slice + column),
+        four_of(matrix, here, row + 1u, slice + column),
+        four_of(matrix, here, row + 2u, slice + column),
+        four_of(matrix, here, row + 3u, slice + column),
+    ));
+    let at = to + column * LINE + lane / 8u;
+    tile[at] = columns[0];
+    tile[at + LINE] = columns[1];
+    tile[at + 2u * LINE] = columns[2];
+    tile[at + 3u * LINE] = columns[3];
 }
 
 // The products of own and other rows of two matrices: a column for each other row, a line for each own one.
@@ -182,12 +210,7 @@ fn add_weighted(sums: ptr<function, Sums>, matrix: u32, here: Task, other: u32, 
         for (var i = lane; i < ROWS_AT_ONCE * HEAD_FOURS; i += 64u) {
             let row = other + first + i / HEAD_FOURS;
             let column = 4u * (i % HEAD_FOURS);
-            tile[i] = vec4<f32>(
-                element(matrix, here, row, column),
-                element(matrix, here, row, column + 1u),
-                element(matrix, here, row, column + 2u),
-                element(matrix, here, row, column + 3u),
-            );
+            tile[i] = four_of(matrix, here, row, column);
         }
         workgroupBarrier();
         for (var row = 0u; row < ROWS_AT_ONCE; row++) {
@@ -217,10 +240,16 @@ fn store_sums(sums: ptr<function, Sums>, factors: vec4<f32>, matrix: u32, here: 
             for (var four = 0u; four < FOURS; four++) {
                 let values = (*sums)[4u * four + i] * factors[i];
                 let column = 4u * (8u * four + lane % 8u);
+#ifdef VECTORS
+                if (column < params.head_width) {
+                    output[(at + column) / 4u] = values;
+                }
+#else
                 let end = min(column + 4u, params.head_width);
                 for (var c = column; c < end; c++) {
                     output[at + c] = values[c - column];
                 }
+#endif
             }
         }
     }

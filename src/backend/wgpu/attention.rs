@@ -49,6 +49,7 @@ fn launch<'a>(
     let head_width = width / shape.heads;
     let launch = Launch::new("attention", entry)
         .constant("HEAD", padded_width as u32)
+        .flag("VECTORS", head_width.is_multiple_of(4))
         .read("offsets", shape.offsets)
         .float("scale", 1.0 / (head_width as f32).sqrt())
         .size("blocks", blocks)
