@@ -83,6 +83,11 @@ macro_rules! backend {
                 Ok(())
             }
 
+            /// How long the device was at what so far, the longest first; nothing unless it was opened to be measured.
+            fn timings(&self) -> Vec<Timing> {
+                Vec::new()
+            }
+
             /// How many buffers have been found written beyond their end, for a backend that can tell; see
             /// [`conformance`](crate::conformance).
             fn guard_violations(&self) -> usize {
@@ -223,6 +228,17 @@ backend! {
     pair_scores(PairScores);
 }
 
+/// How long a device was at one kind of launch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Timing {
+    /// What was launched.
+    pub name: String,
+    /// How often.
+    pub count: usize,
+    /// All of them together.
+    pub seconds: f64,
+}
+
 /// A device to compute on. Cheap to clone; equal if it is the same device.
 #[derive(Clone)]
 pub struct Device(Arc<dyn Backend>);
@@ -291,6 +307,12 @@ impl Device {
     /// What the device reports.
     pub fn submit(&self) -> Result<()> {
         self.0.submit()
+    }
+
+    /// How long the device was at what so far, the longest first; nothing unless it was opened to be measured, such as
+    /// with the name `wgpu,profile`.
+    pub fn timings(&self) -> Vec<Timing> {
+        self.0.timings()
     }
 
     /// How many buffers have been found written beyond their end, where the device can tell.

@@ -92,6 +92,7 @@ impl Bench {
         }
         let device = self.device.open()?;
         let report = run(&settings, &device, &mut Progress)?;
+        super::print_timings(&device);
         if let Some(folder) = &self.report {
             write_report(&report, folder).context("--report")?;
         }

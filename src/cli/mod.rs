@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use nearfar::Device;
+use nearfar::backend::Timing;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
@@ -146,6 +147,19 @@ impl DeviceArgs {
         }
         tracing::debug!(%device, "computing on {}", device.description());
         Ok(device)
+    }
+}
+
+/// Prints how long a device was at what, if it was opened to be measured.
+pub(crate) fn print_timings(device: &Device) {
+    let timings = device.timings();
+    let all: f64 = timings.iter().map(|timing| timing.seconds).sum();
+    if timings.is_empty() {
+        return;
+    }
+    eprintln!("{:>9}  {:>5}  {:>8}  launch", "ms", "%", "times");
+    for Timing { name, count, seconds } in timings {
+        eprintln!("{:9.3}  {:5.1}  {count:8}  {name}", 1e3 * seconds, 100.0 * seconds / all);
     }
 }
 

@@ -240,6 +240,7 @@ impl Train {
             nearfar::train::train(&settings, &output, &device, &mut watcher)
         };
         watcher.clear();
+        super::print_timings(&device);
         let outcome = match outcome {
             Err(nearfar::Error::Interrupted { step, .. }) => {
                 let output = output.display();

@@ -33,16 +33,19 @@ pub struct Settings {
     pub no_matrices: bool,
     /// As with cooperative matrices, but by ordinary 16-bit arithmetic: to test what is not the matrices themselves.
     pub emulate_matrices: bool,
+    /// With a time stamp around every launch, for [`Device::timings`](crate::Device::timings). Slower.
+    pub profile: bool,
     /// Values of a workspace of the loss at most, instead of as many as are fast.
     pub workspace: Option<usize>,
 }
 
 impl Settings {
-    const NAMES: [&str; 6] = ["checked", "default-limits", "no-subgroups", "no-f16", "no-matrices", "emulate-matrices"];
+    const NAMES: [&str; 7] =
+        ["checked", "default-limits", "no-subgroups", "no-f16", "no-matrices", "emulate-matrices", "profile"];
 
-    fn values(self) -> [bool; 6] {
-        let Self { checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices, .. } = self;
-        [checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices]
+    fn values(self) -> [bool; 7] {
+        let Self { checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices, profile, .. } = self;
+        [checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices, profile]
     }
 }
 
@@ -68,6 +71,7 @@ impl FromStr for Settings {
                 "no-f16" => settings.no_f16 = true,
                 "no-matrices" => settings.no_matrices = true,
                 "emulate-matrices" => settings.emulate_matrices = true,
+                "profile" => settings.profile = true,
                 _ => {
                     let values = name.strip_prefix("workspace=").and_then(|values| values.parse().ok());
                     settings.workspace = Some(values.ok_or_else(|| {

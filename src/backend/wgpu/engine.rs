@@ -18,6 +18,7 @@ use super::adapter::Settings;
 use super::buffer::{self, Pool, WgpuBuffer};
 use super::matmul;
 use super::pipeline::{Pipeline, Pipelines};
+use super::profile::Profile;
 use super::shader::{Permutation, Scalar};
 use crate::backend::{Tensor, guards};
 use crate::error::DType;
@@ -140,6 +141,7 @@ pub(super) struct Engine {
     failure: Arc<Mutex<Option<Failure>>>,
     pub(super) pipelines: Pipelines,
     params_buffer: wgpu::Buffer,
+    pub(super) profile: Option<Profile>,
     record: Mutex<Record>,
 }
 
@@ -172,6 +174,7 @@ impl Engine {
         let pool = Arc::new(Pool::new(title.clone(), device.clone()));
         let pipelines = Pipelines::new(device.clone(), settings.checked)
             .map_err(|reason| Error::Device { device: title.clone(), reason })?;
+        let profile = if settings.profile { Profile::new(&device, &queue) } else { None };
         let mut engine = Self {
             name,
             title,
@@ -186,6 +189,7 @@ impl Engine {
             failure,
             pipelines,
             params_buffer,
+            profile,
             record: Mutex::default(),
         };
         if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
@@ -541,7 +545,7 @@ impl Engine {
             self.fill_mapped(&buffer, &record.uploads)?;
             uploads = Some(buffer);
         }
-        self.encode(&record.commands, uploads.as_ref(), encoder)?;
+        self.encode(&record.commands, uploads.as_ref(), encoder, None)?;
         drop(record);
         drop(recording);
         self.check()?;
@@ -579,8 +583,15 @@ impl Engine {
             }
         }
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None });
-        self.encode(&record.commands, record.upload_buffer.as_ref(), &mut encoder)?;
+        self.encode(&record.commands, record.upload_buffer.as_ref(), &mut encoder, self.profile.as_ref())?;
         let index = self.queue.submit([encoder.finish()]);
+        if let Some(profile) = &self.profile {
+            let launches = record.commands.iter().filter_map(|command| match command {
+                Command::Launch { pipeline, .. } => Some(pipeline.label()),
+                _ => None,
+            });
+            profile.collect(&self.device, launches.collect::<Vec<_>>().into_iter());
+        }
         record.commands.clear();
         record.params.clear();
         record.uploads.clear();
@@ -603,18 +614,26 @@ impl Engine {
         commands: &[Command],
         uploads: Option<&wgpu::Buffer>,
         encoder: &mut wgpu::CommandEncoder,
+        profile: Option<&Profile>,
     ) -> Result<()> {
         let mut rest = commands;
+        let mut launches = 0;
         while let Some(first) = rest.first() {
             match first {
                 Command::Launch { .. } => {
-                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                    let timestamp_writes = profile.and_then(|profile| profile.stamps_of(launches));
+                    let description = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+                    let mut pass = encoder.begin_compute_pass(&description);
                     while let Some(Command::Launch { pipeline, bind_group, params, groups: [x, y, z] }) = rest.first() {
                         pass.set_pipeline(self.pipelines.wait(pipeline).map_err(|reason| self.broken(reason))?);
                         let offsets: &[u32] = if pipeline.params.is_empty() { &[] } else { &[*params] };
                         pass.set_bind_group(0, bind_group, offsets);
                         pass.dispatch_workgroups(*x, *y, *z);
                         rest = &rest[1..];
+                        launches += 1;
+                        if profile.is_some() {
+                            break;
+                        }
                     }
                     continue;
                 }
@@ -628,6 +647,9 @@ impl Engine {
                 }
             }
             rest = &rest[1..];
+        }
+        if let Some(profile) = profile {
+            profile.resolve(launches, encoder);
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ mod pipeline;
 mod pooling;
 mod positives;
 mod prefix_norms;
+mod profile;
 mod reduce;
 mod rows;
 mod shader;
@@ -42,12 +43,13 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use ::wgpu;
 
-use super::{Backend, Buffer, Device, Tensor, operations};
+use super::{Backend, Buffer, Device, Tensor, Timing, operations};
 use crate::Result;
 use crate::error::DType;
 use adapter::Request;
 pub use adapter::Settings;
 use engine::Engine;
+use profile::Profile;
 
 /// A device of wgpu.
 pub struct Wgpu {
@@ -107,6 +109,10 @@ impl Backend for Wgpu {
 
     fn properties(&self) -> Vec<(&'static str, String)> {
         adapter::properties(&self.info, &self.engine.device, self.engine.settings)
+    }
+
+    fn timings(&self) -> Vec<Timing> {
+        self.engine.profile.as_ref().map(Profile::timings).unwrap_or_default()
     }
 
     fn guard_violations(&self) -> usize {

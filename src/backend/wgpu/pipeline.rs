@@ -22,6 +22,13 @@ pub(super) struct Pipeline {
     compiled: OnceLock<Result<wgpu::ComputePipeline, String>>,
 }
 
+impl Pipeline {
+    /// The name of its permutation.
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+}
+
 /// What compiles.
 struct Compiler {
     device: wgpu::Device,
