@@ -95,12 +95,9 @@ fn finishing<'a>(launch: Launch<'a>, finish: Finish<'a>, columns: usize, rows: &
         .read_if("BIAS", "bias", finish.bias)
         .flag("GELU", finish.gelu);
     match finish.kept {
-        Some(kept) => launch.flag("KEEP", true).write_part(
-            "kept",
-            kept,
-            rows.start * columns..rows.end * columns,
-            "kept_base",
-        ),
+        Some(kept) => {
+            launch.flag("KEEP", true).write_part("kept", kept, rows.start * columns..rows.end * columns, "kept_base")
+        }
         None => launch,
     }
 }
@@ -112,7 +109,8 @@ pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
         return Ok(());
     }
     let most = (engine.limits.max_storage_buffer_binding_size / 4) as usize - 64;
-    let fits = |operand: &Operand<'_>, rows: usize, columns: usize| operand.range(&(0..rows), &(0..columns)).len() <= most;
+    let fits =
+        |operand: &Operand<'_>, rows: usize, columns: usize| operand.range(&(0..rows), &(0..columns)).len() <= most;
     let output = Operand {
         buffer: product.output.buffer,
         first: product.output.first,

@@ -6,6 +6,7 @@
 //! atomically, so that results are the same bits on one device.
 
 mod adapter;
+mod aggregate;
 mod buffer;
 mod cast;
 mod elementwise;
@@ -13,9 +14,12 @@ mod engine;
 mod gelu;
 mod l2_norm;
 mod matmul;
+mod pair_scores;
 mod positives;
 mod prefix_norms;
 mod reduce;
+mod row_function;
+mod row_sweep;
 mod rows;
 mod shader;
 
@@ -124,6 +128,9 @@ impl Backend for Wgpu {
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
+        row_sweep(RowSweep) => row_sweep::forward_backward;
+        aggregate(AggregateRows) => aggregate::forward;
+        pair_scores(PairScores) => pair_scores::forward;
     }
 }
 

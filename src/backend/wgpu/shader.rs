@@ -30,14 +30,18 @@ macro_rules! sources {
 }
 
 sources! {
+    "aggregate",
     "cast",
     "elementwise",
     "gelu",
     "l2_norm",
     "matmul",
+    "pair_scores",
     "positives",
     "prefix_norms",
     "reduce",
+    "row_function",
+    "row_sweep",
     "shared/gelu",
     "shared/groups",
     "shared/numerics",
