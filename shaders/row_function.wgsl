@@ -291,27 +291,21 @@ fn finish(known: Row, total: vec4<f32>) -> Result {
             }
         }
         case HYBRID_NCE: {
-            let alpha = params.parameter;
-            var rest = NO_ENTRY;
+            var of_alpha = NO_ENTRY;
+            if (params.parameter > 0.0) {
+                of_alpha = logarithm(params.parameter);
+            }
+            result.of_negative = 0.0;
             if (known.negatives > 0.0) {
-                rest = known.hardest + logarithm(known.negatives * (known.harder / known.softer));
+                let rest = known.hardest + logarithm(known.negatives * (known.harder / known.softer));
+                // What stands in the logarithm, relative to the positives.
+                result.loss = log_add_exp(of_alpha, rest - known.together);
+                result.of_negative = exponential(rest - known.together - result.loss);
+            } else if (params.parameter > 0.0) {
+                result.loss = of_alpha;
             }
-            var all = rest;
-            if (alpha > 0.0) {
-                all = log_add_exp(logarithm(alpha) + known.together, rest);
-            }
-            var share = 0.0;
-            if (known.negatives > 0.0) {
-                share = exponential(rest - all);
-            }
-            if (alpha == 1.0) {
-                result.loss = softplus(rest - known.together);
-            } else if (all != NO_ENTRY) {
-                result.loss = all - known.together;
-            }
-            // Times what gradient_of_negative and gradient_of_positive say.
-            result.of_negative = share;
-            result.of_positive = -share;
+            // A share: gradient_of_negative and gradient_of_positive say of what.
+            result.of_positive = -result.of_negative;
         }
         case SIGMOID: {
             result.loss = total.x;
