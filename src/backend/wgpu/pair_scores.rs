@@ -127,3 +127,48 @@ pub(super) fn forward(engine: &Engine, arguments: PairScores<'_>) -> Result<()> 
     let launch = launch("cosent_gradient").read("above", &above).write("gradient", &*gradient);
     engine.launch(launch.row_of_groups(count.div_ceil(GROUP)))
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::operations::PairScores;
+    use crate::error::DType;
+    use crate::objective::scores::ScoreFunction;
+    use crate::{Device, Result};
+
+    fn run(device: &Device, function: ScoreFunction, similarity: &[f32], scores: &[f32]) -> Result<(f32, Vec<f32>)> {
+        let mut loss = device.empty([1], DType::F32)?;
+        let mut gradient = device.empty([similarity.len()], DType::F32)?;
+        device.pair_scores(PairScores {
+            similarity: &device.tensor(similarity, [similarity.len()])?,
+            scores: &device.tensor(scores, [scores.len()])?,
+            log_scale: &device.tensor(&[3.0], [1])?,
+            function,
+            loss: &mut loss,
+            gradient: &mut gradient,
+        })?;
+        Ok((loss.to_scalar()?, gradient.to_host()?))
+    }
+
+    /// So many pairs that several workgroups sort and add, on every device there is, against the processor.
+    #[test]
+    fn many_pairs_as_on_the_processor() {
+        for n in [1_024, 1_025, 70_001] {
+            // A permutation with some scores twice: the factor is a prime.
+            let scores: Vec<f32> = (0..n).map(|i| (i * 7_919 % n / 3 * 2) as f32 - 99.0).collect();
+            let similarity: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
+            for device in super::super::available() {
+                for function in [ScoreFunction::Cosent, ScoreFunction::Pearson, ScoreFunction::RankKl] {
+                    let (loss, gradient) = run(&device, function, &similarity, &scores).unwrap();
+                    let (expected, of_processor) = run(&Device::cpu(), function, &similarity, &scores).unwrap();
+                    let close = |a: f32, b: f32, size: f32| (a - b).abs() <= 2e-5 * size;
+                    assert!(close(loss, expected, expected.abs()), "{function} of {n}: {loss} {expected}");
+                    let size = of_processor.iter().fold(0.0, |size: f32, g| size.max(g.abs()));
+                    for (i, (found, expected)) in gradient.iter().zip(&of_processor).enumerate() {
+                        assert!(close(*found, *expected, size), "{function} of {n}, {i}: {found} {expected}");
+                    }
+                    assert_eq!((loss, gradient), run(&device, function, &similarity, &scores).unwrap());
+                }
+            }
+        }
+    }
+}

@@ -23,6 +23,8 @@ const OPERATION: &str = "row_sweep";
 const WORKSPACE: usize = 1 << 22;
 /// Rows of a strip at most.
 const STRIP: usize = 4096;
+/// Elements of a pass at most.
+const MOST_ELEMENTS: usize = 1 << 31;
 /// Elements of a workgroup.
 const GROUP: usize = 256;
 /// Dot products of a workgroup.
@@ -523,6 +525,10 @@ impl Sweep<'_> {
     ) -> Result<()> {
         let (engine, objective, widths) = (self.engine, self.objective, arguments.widths.len());
         let height = (WORKSPACE / (stride * widths).max(1)).clamp(1, STRIP).min(pairs.max(1));
+        // Elements of passes over each row's own candidates are numbered with 32 bits.
+        let own = places.iter().filter(|place| place.is_own()).map(|place| place.width).max().unwrap_or(0);
+        let values = arguments.widths.last().map_or(0, |&(width, _)| width);
+        let height = height.min(MOST_ELEMENTS / (own * values).max(1)).max(1);
         let scratch = |columns: usize| engine.scratch((height * columns).max(1), DType::F32);
         let workspaces = [scratch(stride * widths)?, scratch(stride * widths)?, scratch(stride)?];
         let [similarities, logits, positives] = workspaces.each_ref();
