@@ -58,19 +58,26 @@ struct Side<'a> {
     along: Option<&'a Tensor>,
 }
 
+/// What the shader knows of a block.
+#[derive(Clone, Copy, Default)]
+struct Columns {
+    /// The first column of a row, and how many there are.
+    first: usize,
+    width: usize,
+    candidates: usize,
+    /// Where among the keys each pair's candidates begin, and which pair each candidate is of, if they are several.
+    offsets: Option<usize>,
+    owners: Option<usize>,
+    rules: u32,
+}
+
 /// A block and where its entries stand in a row.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     block: Block,
     anchors: Side<'a>,
     candidates: Side<'a>,
-    /// Its first column, and how many it has.
-    first: usize,
-    width: usize,
-    /// Where among the keys each pair's candidates begin, and which pair each candidate is of, if they are several.
-    offsets: Option<usize>,
-    owners: Option<usize>,
-    rules: u32,
+    columns: Columns,
 }
 
 impl Place<'_> {
@@ -131,17 +138,13 @@ impl Keys {
             let (Some(offsets), Some(owners), Some(candidates)) = (offsets[side], owners[side], &sides[side]) else {
                 continue;
             };
+            let candidates = candidates.count;
+            let columns = Columns { candidates, offsets: Some(offsets), owners: Some(owners), ..Columns::default() };
             engine.launch(
-                Line { rows: 0..0, pairs, widths: 0, stride: 0 }
-                    .launch("owners")
-                    .size("column", 0)
-                    .size("width", 0)
-                    .size("candidates", candidates.count)
-                    .size("offsets", offsets)
-                    .size("owners", owners)
-                    .bits("rules", 0)
+                Line { rows: 0..pairs, pairs, widths: 1, stride: 0 }
+                    .launch("owners", columns)
                     .write("keys", &buffer)
-                    .row_of_groups(candidates.count.div_ceil(GROUP)),
+                    .row_of_groups(candidates.div_ceil(GROUP)),
             )?;
         }
         Ok(Self { buffer, ids, labels, segments, offsets, owners })
@@ -158,24 +161,19 @@ struct Line {
 }
 
 impl Line {
-    fn launch<'b>(&self, entry: &'static str) -> Launch<'b> {
+    fn launch<'b>(&self, entry: &'static str, columns: Columns) -> Launch<'b> {
         Launch::new("row_sweep", entry)
             .size("rows", self.rows.len())
             .size("first_row", self.rows.start)
             .size("pairs", self.pairs)
             .size("widths", self.widths)
             .size("stride", self.stride)
-    }
-
-    /// For a block.
-    fn launch_at<'b>(&self, entry: &'static str, place: &Place<'_>) -> Launch<'b> {
-        self.launch(entry)
-            .size("column", place.first)
-            .size("width", place.width)
-            .size("candidates", place.candidates.count)
-            .bits("offsets", key(place.offsets))
-            .bits("owners", key(place.owners))
-            .bits("rules", place.rules)
+            .size("column", columns.first)
+            .size("width", columns.width)
+            .size("candidates", columns.candidates)
+            .bits("offsets", key(columns.offsets))
+            .bits("owners", key(columns.owners))
+            .bits("rules", columns.rules)
     }
 
     /// Columns in one row at all widths.
@@ -260,7 +258,7 @@ impl Sweep<'_> {
         part: &Range<usize>,
         (w, segment, embedding): (usize, &Range<usize>, usize),
     ) -> Launch<'b> {
-        line.launch_at(entry, place)
+        line.launch(entry, place.columns)
             .read("keys", &self.keys.buffer)
             .size("at_width", w)
             .size("segment", segment.start)
@@ -292,11 +290,11 @@ impl Sweep<'_> {
                     if let [Some(of_anchors), Some(of_candidates)] = units {
                         launch = norms(launch, of_anchors, of_candidates);
                     }
-                    let count = line.rows.len() * place.width;
+                    let count = line.rows.len() * place.columns.width;
                     self.engine.launch(launch.row_of_groups(count.div_ceil(DOT_PRODUCTS)))?;
                     continue;
                 }
-                let first = w * line.stride + place.first + part.start;
+                let first = w * line.stride + place.columns.first + part.start;
                 product(
                     self.engine,
                     &Product {
@@ -318,10 +316,10 @@ impl Sweep<'_> {
             return Ok(());
         }
         let launch = line
-            .launch_at("normalise", place)
+            .launch("normalise", place.columns)
             .read("keys", &self.keys.buffer)
             .write("similarities", similarities)
-            .groups([place.width.div_ceil(GROUP), line.rows.len(), 1]);
+            .groups([place.columns.width.div_ceil(GROUP), line.rows.len(), 1]);
         self.engine.launch(with_norms(launch, place))
     }
 
@@ -333,11 +331,11 @@ impl Sweep<'_> {
         [similarities, logits, positives]: [&Scratch; 3],
         rule: Option<&Rule<'_>>,
     ) -> Result<()> {
-        let tower = place.rules & OF_PAIRS != 0;
+        let tower = place.columns.rules & OF_PAIRS != 0;
         let by_pair = tower && self.objective.positives_kind() != Positives::Listed;
         let hardness = self.objective.hardness_weighting().map_or(0.0, |hardness| hardness.strength);
         let mut launch = line
-            .launch_at("entries", place)
+            .launch("entries", place.columns)
             .read("keys", &self.keys.buffer)
             .read("similarities", similarities)
             .write("logits", logits)
@@ -349,7 +347,7 @@ impl Sweep<'_> {
             .bits("segments", key(self.keys.segments))
             .float("margin", self.objective.margin_value() as f32)
             .float("hardness", hardness as f32)
-            .groups([place.width.div_ceil(GROUP), line.rows.len(), line.widths]);
+            .groups([place.columns.width.div_ceil(GROUP), line.rows.len(), line.widths]);
         let (mut held, mut held_step, mut above, mut below) = (0, 0, 0.0, 0.0);
         if let Some(rule) = rule {
             (above, below) = (rule.above, rule.below);
@@ -374,7 +372,7 @@ impl Sweep<'_> {
     fn listed(&self, line: &Line, place: &Place<'_>, [similarities, logits, positives]: [&Scratch; 3]) -> Result<()> {
         let Some(PositiveTensors { offsets, candidates, weights }) = self.listed else { return Ok(()) };
         self.engine.launch(
-            line.launch_at("listed", place)
+            line.launch("listed", place.columns)
                 .read("similarities", similarities)
                 .write("logits", logits)
                 .write("positives", positives)
@@ -392,15 +390,16 @@ impl Sweep<'_> {
     /// Notes what the norms need of the gradients of similarities, and turns these into those of dot products over
     /// segments.
     fn finish(&self, line: &Line, place: &Place<'_>, similarities: &Scratch, gradient: &Scratch) -> Result<()> {
-        let columns = if place.is_own() { line.rows.len() * place.width } else { place.width };
+        let width = place.columns.width;
+        let elements = if place.is_own() { line.rows.len() * width } else { width };
         let passes = [
             ("along_anchors", place.anchors.along, line.rows.len()),
-            ("along_candidates", place.candidates.along, columns.div_ceil(GROUP)),
+            ("along_candidates", place.candidates.along, elements.div_ceil(GROUP)),
         ];
         for (entry, along, groups) in passes {
             let Some(along) = along else { continue };
             let mut launch = line
-                .launch_at(entry, place)
+                .launch(entry, place.columns)
                 .read("similarities", similarities)
                 .read("gradient", gradient)
                 .read("log_scale", self.log_scale)
@@ -411,15 +410,15 @@ impl Sweep<'_> {
             }
             self.engine.launch(launch)?;
         }
-        let multiplied = self.has_norms && place.rules & HALVES == 0;
+        let multiplied = self.has_norms && place.columns.rules & HALVES == 0;
         if !multiplied && line.widths == 1 {
             return Ok(());
         }
         let launch = line
-            .launch_at("segments", place)
+            .launch("segments", place.columns)
             .read("keys", &self.keys.buffer)
             .write("gradient", gradient)
-            .groups([place.width.div_ceil(GROUP), line.rows.len(), 1]);
+            .groups([place.columns.width.div_ceil(GROUP), line.rows.len(), 1]);
         self.engine.launch(if multiplied { with_norms(launch, place) } else { launch })
     }
 
@@ -435,7 +434,7 @@ impl Sweep<'_> {
             }
             let coefficients = |transposed: bool| Operand {
                 buffer: gradient,
-                first: w * line.stride + place.first,
+                first: w * line.stride + place.columns.first,
                 stride: line.full(),
                 transposed,
                 norms: None,
@@ -499,7 +498,8 @@ impl Sweep<'_> {
                     .read_part("anchors", anchors.embeddings, of_rows.clone(), "anchors_base")
                     .write_part("d_candidates", d_candidates, of_part.clone(), "candidates_base")
                     .read_if("NORMS", "anchor_norms", anchors.units);
-                self.engine.launch(launch.row_of_groups((rows * place.width * segment.len()).div_ceil(GROUP)))?;
+                self.engine
+                    .launch(launch.row_of_groups((rows * place.columns.width * segment.len()).div_ceil(GROUP)))?;
             }
             if let Some(d_anchors) = anchors.gradient {
                 let launch = launch("own_anchors")
@@ -524,9 +524,9 @@ impl Sweep<'_> {
         stride: usize,
     ) -> Result<()> {
         let (engine, objective, widths) = (self.engine, self.objective, arguments.widths.len());
-        let height = (WORKSPACE / (stride * widths).max(1)).clamp(1, STRIP).min(pairs.max(1));
+        let height = (WORKSPACE / (stride * widths).max(1)).clamp(1, STRIP).min(pairs);
         // Elements of passes over each row's own candidates are numbered with 32 bits.
-        let own = places.iter().filter(|place| place.is_own()).map(|place| place.width).max().unwrap_or(0);
+        let own = places.iter().filter(|place| place.is_own()).map(|place| place.columns.width).max().unwrap_or(0);
         let values = arguments.widths.last().map_or(0, |&(width, _)| width);
         let height = height.min(MOST_ELEMENTS / (own * values).max(1)).max(1);
         let scratch = |columns: usize| engine.scratch((height * columns).max(1), DType::F32);
@@ -546,7 +546,8 @@ impl Sweep<'_> {
         let own_pair = towers[0].zip(towers[1]).map(|(anchors, candidates)| {
             let rules = OWN | if candidates.halves { HALVES } else { 0 };
             let block = Block::QUERY_POSITIVE;
-            Place { block, anchors, candidates, first: 0, width: 1, offsets: None, owners: None, rules }
+            let columns = Columns { width: 1, candidates: candidates.count, rules, ..Columns::default() };
+            Place { block, anchors, candidates, columns }
         });
         let by_guide = objective.false_negatives_rule().is_some_and(|rule| rule.judge == Judge::Guide);
         let own_pair = own_pair.filter(|pair| !by_guide || pair.has_guide());
@@ -558,14 +559,14 @@ impl Sweep<'_> {
                 Threshold::Ratio(ratio) => (0.0, 1.0 - ratio),
             };
             let positive = match held {
-                Some(place) => Reference::Held { column: place.first, step: usize::from(!place.is_own()) },
+                Some(place) => Reference::Held { column: place.columns.first, step: usize::from(!place.is_own()) },
                 None => Reference::Apart(&references),
             };
             Rule { above, below, guide: guide.as_ref().filter(|_| by_guide), positive }
         });
         if rule.is_some() {
             for place in places.iter_mut().filter(|place| !by_guide || place.has_guide()) {
-                place.rules |= FALSE_NEGATIVES;
+                place.columns.rules |= FALSE_NEGATIVES;
             }
         }
         let listed_among = if objective.uses_documents() { Candidates::Documents } else { Candidates::Bank };
@@ -621,7 +622,8 @@ impl Sweep<'_> {
         };
         let line = Line { widths: 1, ..line.clone() };
         let factors = Factors { anchors, candidates, units: [None; 2] };
-        self.products(&line, place, factors, &[0..anchors.shape().width()], output)
+        let all = 0..anchors.shape().width();
+        self.products(&line, place, factors, std::slice::from_ref(&all), output)
     }
 
     /// Evaluates the rows of a strip at all widths.
@@ -728,6 +730,9 @@ fn side<'a>(side: RowSweepSide<'a>, nested: bool) -> Side<'a> {
 pub(super) fn forward_backward(engine: &Engine, mut arguments: RowSweep<'_>) -> Result<()> {
     let (nested, pairs) = (arguments.is_nested(), arguments.rows());
     let sides = std::mem::take(&mut arguments.sides).map(|of| of.map(|of| side(of, nested)));
+    if pairs == 0 {
+        return Ok(());
+    }
     let keys = Keys::new(engine, &arguments, &sides, pairs)?;
     let RowSweep { objective, widths, .. } = arguments;
     let partition = &objective.partitions()[arguments.partition];
@@ -741,7 +746,8 @@ pub(super) fn forward_backward(engine: &Engine, mut arguments: RowSweep<'_>) -> 
         let width = if block.scope == Scope::Own { own.min(candidates.count) } else { candidates.count };
         let rules = rules_of(objective, block, keys.offsets[of].is_some(), candidates.halves);
         let (offsets, owners) = (keys.offsets[of], keys.owners[of]);
-        places.push(Place { block, anchors, candidates, first: stride, width, offsets, owners, rules });
+        let columns = Columns { first: stride, width, candidates: candidates.count, offsets, owners, rules };
+        places.push(Place { block, anchors, candidates, columns });
         stride += width;
     }
     if let Some(scores) = arguments.scores
