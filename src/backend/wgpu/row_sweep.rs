@@ -13,7 +13,7 @@ use crate::backend::Tensor;
 use crate::backend::operations::{NO_ENTRY, PositiveTensors, RowSweep, RowSweepSide, side_of, side_of_tower};
 use crate::error::DType;
 use crate::objective::{
-    Block, Candidates, FalseNegatives, HardnessScope, Judge, Objective, Positives, Scope, Target, Threshold, Tower,
+    Block, Candidates, HardnessScope, Judge, Objective, Positives, Scope, Target, Threshold, Tower,
 };
 use crate::{Error, Result};
 
@@ -229,7 +229,7 @@ struct Sweep<'a> {
     has_norms: bool,
 }
 
-/// What an entry that is no false negative stays below: the similarities compared, and where the positive's is.
+/// What an entry that is no false negative stays below: `positive + above − below·|positive|`.
 struct Rule<'a> {
     above: f64,
     below: f64,
@@ -246,6 +246,25 @@ enum Reference<'a> {
         step: usize,
     },
     Apart(&'a Scratch),
+}
+
+impl<'a> Rule<'a> {
+    fn new(
+        objective: &Objective,
+        places: &[Place<'_>],
+        guide: Option<&'a Scratch>,
+        references: &'a Scratch,
+    ) -> Option<Self> {
+        let (above, below) = match objective.false_negatives_rule()?.threshold {
+            Threshold::Above(margin) => (margin, 0.0),
+            Threshold::Ratio(ratio) => (0.0, 1.0 - ratio),
+        };
+        let positive = match places.iter().find(|place| place.block.holds_positive()) {
+            Some(place) => Reference::Held { column: place.columns.first, step: usize::from(!place.is_own()) },
+            None => Reference::Apart(references),
+        };
+        Some(Self { above, below, guide, positive })
+    }
 }
 
 impl Sweep<'_> {
@@ -551,19 +570,8 @@ impl Sweep<'_> {
         });
         let by_guide = objective.false_negatives_rule().is_some_and(|rule| rule.judge == Judge::Guide);
         let own_pair = own_pair.filter(|pair| !by_guide || pair.has_guide());
-        let held = places.iter().find(|place| place.block.holds_positive());
-        let rule = objective.false_negatives_rule().filter(|_| own_pair.is_some()).map(|rule| {
-            let FalseNegatives { threshold, .. } = rule;
-            let (above, below) = match threshold {
-                Threshold::Above(margin) => (margin, 0.0),
-                Threshold::Ratio(ratio) => (0.0, 1.0 - ratio),
-            };
-            let positive = match held {
-                Some(place) => Reference::Held { column: place.columns.first, step: usize::from(!place.is_own()) },
-                None => Reference::Apart(&references),
-            };
-            Rule { above, below, guide: guide.as_ref().filter(|_| by_guide), positive }
-        });
+        let of_guide = guide.as_ref().filter(|_| by_guide);
+        let rule = own_pair.and_then(|_| Rule::new(objective, &places, of_guide, &references));
         if rule.is_some() {
             for place in places.iter_mut().filter(|place| !by_guide || place.has_guide()) {
                 place.columns.rules |= FALSE_NEGATIVES;
