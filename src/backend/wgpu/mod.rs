@@ -11,6 +11,8 @@
 mod adamw;
 mod adapter;
 mod attention;
+#[cfg(all(test, feature = "train"))]
+mod browser;
 mod buffer;
 mod cache;
 mod caller;
