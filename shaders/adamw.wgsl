@@ -58,7 +58,9 @@ fn update(
     let second = params.keep_second * second_moment[params.second_base + i] + params.add_second * g * g;
     first_moment[params.first_base + i] = first;
     second_moment[params.second_base + i] = second;
-    let moved = params.rate * first / (sqrt(second) * params.second_scale + params.epsilon);
     let at = params.parameter_base + i;
-    parameter[at] = min(parameter[at] * params.keep - moved, params.largest);
+    let step = params.rate * first / (sqrt(second) * params.second_scale + params.epsilon);
+    let moved = parameter[at] * params.keep - step;
+    // Not a minimum, which may hide what is no number.
+    parameter[at] = select(moved, params.largest, moved > params.largest);
 }

@@ -1,6 +1,6 @@
-// Softmax attention of packed sequences (arXiv 1706.03762, eq. 1), each sequence over itself, and its gradients, without
-// a matrix of length × length: scores are computed a tile of 32 × 32 at a time (arXiv 2205.14135). With σ the scale and
-// f what dropout multiplies with:
+// Softmax attention of packed sequences (arXiv 1706.03762, eq. 1), each sequence over itself, and its gradients,
+// without a matrix of length × length: scores are computed a tile of 32 × 32 at a time (arXiv 2205.14135). With σ the
+// scale and f what dropout multiplies with:
 //
 //     P = softmax(σ · Q · Kᵀ) ;  D = P ∘ (f ∘ (dO · Vᵀ) − along)  with  along[row] = O[row] · dO[row]
 //     forward         O  = (f ∘ P) · V, and the log-sum-exp of each row of scores

@@ -2,7 +2,8 @@
 //
 //     forward      x = residual + dropout(input) ;  normalised = (x − mean) · rstd ;  output = normalised · gain + bias
 //     backward     with u = upstream · gain:
-//                  d_residual = rstd · (u − mean(u) − normalised · mean(u · normalised)) ;  d_input = dropout(d_residual)
+//                  d_residual = rstd · (u − mean(u) − normalised · mean(u · normalised))
+//                  d_input = dropout(d_residual)
 //     column_sums  partial[part, 0] = Σ upstream · normalised and partial[part, 1] = Σ upstream over the rows of a part
 //     finish       d_gain += Σ_part partial[part, 0] ;  d_bias += Σ_part partial[part, 1]
 //

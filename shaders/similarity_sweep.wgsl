@@ -14,6 +14,8 @@
 // of its columns it says of the rows of its mirror image. On the diagonal a tile is its own image. G of a panel on the
 // diagonal is written with its mirror images.
 //
+// With PRODUCTS the dot products of a panel have been computed before, by matmul.wgsl, and only their logits are here.
+//
 // Under cosine similarity no logit is above σ = exp(log_scale). If σ is at most BOUNDED then σ is a reference for every
 // row and column alike: one exponential serves both, and nothing is searched for a maximum.
 //
@@ -161,9 +163,11 @@ struct Params {
     columns: u32,
     first_row: u32,
     first_column: u32,
+#ifndef PRODUCTS
     rows_base: u32,
     columns_base: u32,
     width: u32,
+#endif
     all_rows: u32,
     all_columns: u32,
     // Entries with column = row + offset are left out, if has_diagonal is 1.
@@ -184,8 +188,12 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
+#ifdef PRODUCTS
+@group(0) @binding(8) var<storage, read> products: array<f32>;
+#else
 @group(0) @binding(1) var<storage, read> rows: array<f32>;
 @group(0) @binding(2) var<storage, read> columns: array<f32>;
+#endif
 @group(0) @binding(3) var<storage, read> packed_rows: array<u32>;
 @group(0) @binding(4) var<storage, read> packed_columns: array<u32>;
 @group(0) @binding(5) var<storage, read> log_scale: array<f32>;
@@ -196,13 +204,43 @@ struct Params {
 @group(0) @binding(7) var<storage, read> kept: array<f32>;
 #endif
 
+#ifdef PRODUCTS
+
+const SIDES: u32 = TILE / 64u;
+const GROUPS: u32 = TILE / 4u;
+
+var<workgroup> tile_memory: array<vec4<f32>, 16u * GROUPS>;
+var<private> tile_products: array<vec4<f32>, SIDES * SIDES * 4u>;
+
+fn product_at(row: u32, column: u32) -> f32 {
+    return products[min(row, params.rows - 1u) * params.columns + min(column, params.columns - 1u)];
+}
+
+// Reads the products as multiply_tile leaves them; those outside are left out anyway.
+fn read_tile(id: vec3<u32>, lane: u32) {
+    for (var u = 0u; u < SIDES; u++) {
+        for (var v = 0u; v < SIDES; v++) {
+            let row = id.y * TILE + (lane / 16u + 16u * u) * 4u;
+            let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
+            for (var i = 0u; i < 4u; i++) {
+                tile_products[(u * SIDES + v) * 4u + i] = vec4<f32>(
+                    product_at(row + i, column),
+                    product_at(row + i, column + 1u),
+                    product_at(row + i, column + 2u),
+                    product_at(row + i, column + 3u),
+                );
+            }
+        }
+    }
+}
+
+#else
+
 #define LEFT_BY_ROWS
 #define RIGHT_BY_COLUMNS
 #import tile
 
-// The norms of the rows and columns whose values this invocation brings into workgroup memory.
-var<private> left_norms: vec4<f32>;
-var<private> right_norms: vec4<f32>;
+#endif
 
 fn of_row(plane: u32, row: u32) -> f32 {
     return bitcast<f32>(packed_rows[plane * params.all_rows + params.first_row + min(row, params.rows - 1u)]);
@@ -226,6 +264,12 @@ fn of_columns(plane: u32, column: u32) -> vec4<f32> {
         of_column(plane, column + 3u),
     );
 }
+
+#ifndef PRODUCTS
+
+// The norms of the rows and columns whose values this invocation brings into workgroup memory.
+var<private> left_norms: vec4<f32>;
+var<private> right_norms: vec4<f32>;
 
 fn prepare(row: u32, column: u32) {
 #ifdef NORMS
@@ -260,6 +304,8 @@ fn right_values(column: u32, k: u32) -> vec4<f32> {
             column_value(column + 3u, k),
         );
 }
+
+#endif
 
 // The logit of an entry, NO_ENTRY if it is left out.
 fn entry(logit: f32, row: u32, column: u32) -> f32 {
@@ -297,7 +343,11 @@ fn kept_place(id: vec3<u32>, at: u32, lane: u32) -> u32 {
 
 // Puts a tile's logits in place of its products.
 fn compute_logits(id: vec3<u32>, scale: f32, lane: u32) {
+#ifdef PRODUCTS
+    read_tile(id, lane);
+#else
     multiply_tile(id.y * TILE, id.x * TILE, 0u, params.width, lane);
+#endif
     for (var u = 0u; u < SIDES; u++) {
         for (var v = 0u; v < SIDES; v++) {
             let row = id.y * TILE + (lane / 16u + 16u * u) * 4u;

@@ -29,15 +29,20 @@ pub struct Settings {
     pub no_subgroups: bool,
     /// Without 16-bit arithmetic.
     pub no_f16: bool,
+    /// Without cooperative matrices.
+    pub no_matrices: bool,
+    /// As with cooperative matrices, but by ordinary 16-bit arithmetic: to test what is not the matrices themselves.
+    pub emulate_matrices: bool,
     /// Values of a workspace of the loss at most, instead of as many as are fast.
     pub workspace: Option<usize>,
 }
 
 impl Settings {
-    const NAMES: [&str; 4] = ["checked", "default-limits", "no-subgroups", "no-f16"];
+    const NAMES: [&str; 6] = ["checked", "default-limits", "no-subgroups", "no-f16", "no-matrices", "emulate-matrices"];
 
-    fn values(self) -> [bool; 4] {
-        [self.checked, self.default_limits, self.no_subgroups, self.no_f16]
+    fn values(self) -> [bool; 6] {
+        let Self { checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices, .. } = self;
+        [checked, default_limits, no_subgroups, no_f16, no_matrices, emulate_matrices]
     }
 }
 
@@ -61,6 +66,8 @@ impl FromStr for Settings {
                 "default-limits" => settings.default_limits = true,
                 "no-subgroups" => settings.no_subgroups = true,
                 "no-f16" => settings.no_f16 = true,
+                "no-matrices" => settings.no_matrices = true,
+                "emulate-matrices" => settings.emulate_matrices = true,
                 _ => {
                     let values = name.strip_prefix("workspace=").and_then(|values| values.parse().ok());
                     settings.workspace = Some(values.ok_or_else(|| {
@@ -135,6 +142,20 @@ pub(super) fn is_hardware(adapter: &wgpu::Adapter) -> bool {
     adapter.get_info().device_type != wgpu::DeviceType::Cpu
 }
 
+/// Whether an adapter has the cooperative matrices that shaders use: 16 × 16 of 16-bit numbers with f32 sums, by
+/// subgroups of 32.
+fn has_matrices(adapter: &wgpu::Adapter) -> bool {
+    let info = adapter.get_info();
+    let fits = |properties: &wgpu::CooperativeMatrixProperties| {
+        (properties.m_size, properties.n_size, properties.k_size) == (16, 16, 16)
+            && properties.ab_type == wgpu::CooperativeScalarType::F16
+            && properties.cr_type == wgpu::CooperativeScalarType::F32
+    };
+    (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+        && adapter.cooperative_matrix_properties().iter().any(fits)
+}
+
 /// Opens a device.
 pub(super) fn open(request: Request) -> Result<(wgpu::AdapterInfo, wgpu::Device, wgpu::Queue)> {
     let adapters = adapters();
@@ -144,15 +165,25 @@ pub(super) fn open(request: Request) -> Result<(wgpu::AdapterInfo, wgpu::Device,
             .chain((0..adapters.len()).map(|index| format!("wgpu:{index}")))
             .collect(),
     })?;
-    let Settings { default_limits, no_subgroups, no_f16, .. } = request.settings;
+    let Settings { default_limits, no_subgroups, no_f16, no_matrices, .. } = request.settings;
     let mut wanted = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     wanted.set(wgpu::Features::SUBGROUP, !no_subgroups);
     wanted.set(wgpu::Features::SHADER_F16, !no_f16);
+    let matrices = !default_limits && !no_matrices && has_matrices(adapter);
+    wanted.set(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, matrices);
+    let experimental_features = if matrices {
+        // SAFETY: what is experimental is used by one shader, and only after its products were compared with those of
+        // ordinary arithmetic on this very device.
+        unsafe { wgpu::ExperimentalFeatures::enabled() }
+    } else {
+        wgpu::ExperimentalFeatures::disabled()
+    };
     let limits = if default_limits { wgpu::Limits::default() } else { adapter.limits() };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("nearfar"),
         required_features: adapter.features() & wanted,
         required_limits: limits,
+        experimental_features,
         memory_hints: wgpu::MemoryHints::Performance,
         ..Default::default()
     };

@@ -18,6 +18,7 @@ use ::wgpu;
 
 use super::adapter::Settings;
 use super::buffer::{self, Pool, WgpuBuffer};
+use super::matmul;
 use super::pipeline::{Pipeline, Pipelines};
 use super::shader::{Permutation, Scalar};
 use crate::backend::{Tensor, guards};
@@ -46,6 +47,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 enum Failure {
     Lost(String),
     Other(String),
+}
+
+/// How products of large matrices are computed; the numbers are those of the shaders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Matrices {
+    /// By ordinary arithmetic.
+    None = 0,
+    /// By cooperative matrices of 16-bit numbers, two for each value.
+    Cooperative = 1,
+    /// As with cooperative matrices, but by ordinary arithmetic: to test the rest of it.
+    Emulated = 2,
 }
 
 /// Something the device is to do.
@@ -100,6 +112,20 @@ impl Drop for Recording<'_> {
     }
 }
 
+/// How a device computes products of large matrices.
+fn matrices(settings: &Settings, device: &wgpu::Device) -> Matrices {
+    let features = device.features();
+    let enough = device.limits().max_compute_workgroup_storage_size >= 32_768;
+    if !enough || !features.contains(wgpu::Features::SHADER_F16) {
+        return Matrices::None;
+    }
+    if settings.emulate_matrices {
+        return Matrices::Emulated;
+    }
+    let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SUBGROUP;
+    if features.contains(wanted) { Matrices::Cooperative } else { Matrices::None }
+}
+
 /// A device with everything that operations need of it.
 pub(super) struct Engine {
     pub(super) name: String,
@@ -110,6 +136,7 @@ pub(super) struct Engine {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) limits: wgpu::Limits,
+    pub(super) matrices: Matrices,
     pub(super) pool: Arc<Pool>,
     violations: AtomicUsize,
     failure: Arc<Mutex<Option<Failure>>>,
@@ -171,13 +198,14 @@ impl Engine {
             *lock(&of_loss) = Some(Failure::Lost(message));
         });
         let limits = device.limits();
+        let matrices = matrices(&settings, &device);
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
         let size = (PARAMS_STRIDE * LAUNCHES) as u64;
         let params_buffer = buffer::create(&device, &title, Some("params"), size, usage, false)?;
         let pool = Arc::new(Pool::new(title.clone(), device.clone()));
         let pipelines = Pipelines::new(device.clone(), settings.checked)
             .map_err(|reason| Error::Device { device: title.clone(), reason })?;
-        Ok(Self {
+        let mut engine = Self {
             name,
             title,
             settings,
@@ -185,6 +213,7 @@ impl Engine {
             device,
             queue,
             limits,
+            matrices,
             pool,
             violations: AtomicUsize::new(0),
             failure,
@@ -193,7 +222,11 @@ impl Engine {
             record: Mutex::default(),
             #[cfg(test)]
             trace: Mutex::default(),
-        })
+        };
+        if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
+            engine.matrices = Matrices::None;
+        }
+        Ok(engine)
     }
 
     /// Something that should not have happened.
@@ -508,6 +541,16 @@ impl Engine {
             self.copy((from, 4 * first as u64), (to, 4 * to_first as u64), 4 * elements as u64);
         }
         Ok(())
+    }
+
+    /// Copies bytes from the host.
+    pub(super) fn write(&self, to: &Scratch, bytes: &[u8]) -> Result<()> {
+        self.upload(bytes, &to.buffer, 0)
+    }
+
+    /// Copies bytes to the host.
+    pub(super) fn read(&self, from: &Scratch, bytes: &mut [u8]) -> Result<()> {
+        self.download(&from.buffer, bytes)
     }
 
     /// Hands everything recorded to the device, without waiting for it. While a caller's encoder is recorded there is

@@ -138,16 +138,60 @@ impl<'a> Sweep<'a> {
         panels
     }
 
-    /// A launch over the tiles of a panel.
-    fn launch<'s>(&'s self, entry: &'static str, panel: &Panel) -> Launch<'s> {
+    /// Whether the products of a panel are computed before, because matmul is so much faster at it.
+    fn multiplies_before(&self, engine: &Engine) -> bool {
+        let (rows, columns, d) = self.extents;
+        matmul::uses_matrices(engine, (rows, columns, d))
+    }
+
+    /// One side of a panel, its norms with it.
+    fn operand(&self, tensor: &'a Tensor, range: &Range<usize>, of_rows: bool, transposed: bool) -> Operand<'a> {
+        let d = self.extents.2;
+        let norms = self.matrix.norms.map(|(rows, columns)| if of_rows { rows } else { columns });
+        Operand {
+            buffer: tensor,
+            first: range.start * d,
+            stride: d,
+            transposed,
+            norms: norms.map(|norms| (norms as &dyn Bindable, range.start)),
+        }
+    }
+
+    /// The dot products of a panel's rows with its columns, if they are computed before.
+    fn products(&self, engine: &Engine, panel: &Panel) -> Result<Option<Scratch>> {
+        if !self.multiplies_before(engine) {
+            return Ok(None);
+        }
+        let (height, width) = (panel.rows.len(), panel.columns.len());
+        let products = engine.scratch(height * width, DType::F32)?;
+        matmul::product(
+            engine,
+            &Product {
+                a: self.operand(self.matrix.rows, &panel.rows, true, false),
+                b: self.operand(self.columns, &panel.columns, false, true),
+                extents: (height, width, self.extents.2),
+                output: Output { buffer: &products, first: 0, stride: width, accumulate: false },
+                finish: Finish::default(),
+            },
+        )?;
+        Ok(Some(products))
+    }
+
+    /// A launch over the tiles of a panel, whose products may have been computed before.
+    fn launch<'s>(&'s self, entry: &'static str, panel: &Panel, products: Option<&'s Scratch>) -> Launch<'s> {
         let (rows, columns, d) = self.extents;
         let of = |range: &Range<usize>| range.start * d..range.end * d;
-        Launch::new("similarity_sweep", entry)
+        let launch = match products {
+            Some(products) => Launch::new("similarity_sweep", entry).flag("PRODUCTS", true).read("products", products),
+            None => Launch::new("similarity_sweep", entry)
+                .read_part("rows", self.matrix.rows, of(&panel.rows), "rows_base")
+                .read_part("columns", self.columns, of(&panel.columns), "columns_base")
+                .size("width", d),
+        };
+        launch
             .constant("TILE", self.tile as u32)
             .flag("NORMS", self.matrix.norms.is_some())
             .flag("KEYS", self.matrix.keys.is_some())
-            .read_part("rows", self.matrix.rows, of(&panel.rows), "rows_base")
-            .read_part("columns", self.columns, of(&panel.columns), "columns_base")
             .read("packed_rows", &self.packed_rows)
             .read("packed_columns", self.packed_columns.as_ref().unwrap_or(&self.packed_rows))
             .read("log_scale", self.matrix.log_scale)
@@ -155,7 +199,6 @@ impl<'a> Sweep<'a> {
             .size("columns", panel.columns.len())
             .size("first_row", panel.rows.start)
             .size("first_column", panel.columns.start)
-            .size("width", d)
             .size("all_rows", rows)
             .size("all_columns", columns)
             .bits("has_diagonal", u32::from(self.matrix.diagonal.is_some()))
@@ -168,6 +211,17 @@ impl<'a> Sweep<'a> {
     fn kept<'k>(&self, engine: &Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
         let most = (engine.limits.max_storage_buffer_binding_size / 4) as usize;
         Kept { room, tiles: values.min(most) / (self.tile * self.tile), first_row }
+    }
+
+    /// Whether all tiles of a panel are kept.
+    fn is_kept(&self, panel: &Panel, kept: Option<Kept<'_>>) -> bool {
+        let Some(Kept { tiles, first_row, .. }) = kept else { return false };
+        let in_row = self.extents.1.div_ceil(self.tile);
+        let row = (panel.rows.end - 1) / self.tile - first_row / self.tile;
+        let column = (panel.columns.end - 1) / self.tile;
+        // As the shader numbers them; the last one comes last.
+        let before = if self.is_gram() { row * in_row - row * (row + 1) / 2 } else { row * in_row };
+        before + column < tiles
     }
 
     fn with_kept<'s>(&self, launch: Launch<'s>, kept: Option<Kept<'s>>, writes: bool) -> Launch<'s> {
@@ -193,15 +247,17 @@ impl<'a> Sweep<'a> {
         let tile = self.tile;
         let of_columns = if self.is_gram() { of_rows } else { of_columns };
         // Each tile has so many values for each of its rows and columns: as many for each entry of its matrix.
-        let values = engine.workspace(WORKSPACE) / (2 * quantities) * tile;
+        let workspace = engine.workspace(WORKSPACE);
+        let values = if self.multiplies_before(engine) { workspace } else { workspace / (2 * quantities) * tile };
         let mut begun: Vec<usize> = Vec::new();
         for panel in self.panels(rows.clone(), values) {
             let (height, width) = (panel.rows.len(), panel.columns.len());
             let tiles = (height.div_ceil(tile), width.div_ceil(tile));
             let column_partials = quantities * height * tiles.1;
             let partials = engine.scratch(column_partials + quantities * width * tiles.0, DType::F32)?;
+            let products = self.products(engine, &panel)?;
             let launch = self
-                .launch("forward", &panel)
+                .launch("forward", &panel, products.as_ref())
                 .constant("QUANTITIES", quantities as u32)
                 .flag("COLUMNS", of_columns.is_some())
                 .write("output", &partials)
@@ -263,22 +319,15 @@ impl<'a> Sweep<'a> {
             let (height, width) = (panel.rows.len(), panel.columns.len());
             let diagonal = self.is_gram() && panel.rows.start == panel.columns.start;
             let gradient = engine.scratch(height * width, DType::F32)?;
+            let products = if self.is_kept(&panel, kept) { None } else { self.products(engine, &panel)? };
             let launch = self
-                .launch("backward", &panel)
+                .launch("backward", &panel, products.as_ref())
                 .flag("ROWS", sides.0)
                 .flag("COLUMNS", sides.1)
                 .write("output", &gradient)
                 .bits("mirror", u32::from(diagonal))
                 .size("output_stride", width);
             engine.launch(self.with_kept(launch, kept, false))?;
-            let (row_norms, column_norms) = self.matrix.norms.unzip();
-            let side = |tensor: &'a Tensor, range: &Range<usize>, norms: Option<&'a Tensor>| Operand {
-                buffer: tensor,
-                first: range.start * d,
-                stride: d,
-                transposed: false,
-                norms: norms.map(|norms| (norms as &dyn Bindable, range.start)),
-            };
             let add = |transposed, other: Operand<'_>, output: &Tensor, range: &Range<usize>, inner: usize| {
                 matmul::product(
                     engine,
@@ -292,11 +341,13 @@ impl<'a> Sweep<'a> {
                 )
             };
             if let Some(d_rows) = d_rows {
-                add(false, side(self.columns, &panel.columns, column_norms), d_rows, &panel.rows, width)?;
+                let columns = self.operand(self.columns, &panel.columns, false, false);
+                add(false, columns, d_rows, &panel.rows, width)?;
             }
             let below = if self.is_gram() { d_rows.filter(|_| !diagonal) } else { d_columns };
             if let Some(below) = below {
-                add(true, side(self.matrix.rows, &panel.rows, row_norms), below, &panel.columns, height)?;
+                let rows = self.operand(self.matrix.rows, &panel.rows, true, false);
+                add(true, rows, below, &panel.columns, height)?;
             }
         }
         Ok(())
