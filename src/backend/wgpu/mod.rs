@@ -13,6 +13,7 @@ mod adapter;
 mod attention;
 #[cfg(all(test, feature = "train"))]
 mod browser;
+mod aggregate;
 mod buffer;
 mod cache;
 mod caller;
@@ -29,9 +30,12 @@ mod merge_statistics;
 mod partition;
 mod pipeline;
 mod pooling;
+mod pair_scores;
 mod positives;
 mod prefix_norms;
 mod reduce;
+mod row_function;
+mod row_sweep;
 mod rows;
 mod shader;
 mod similarity_sweep;
@@ -168,7 +172,10 @@ impl Backend for Wgpu {
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
+        row_sweep(RowSweep) => row_sweep::forward_backward;
+        aggregate(AggregateRows) => aggregate::forward;
         adamw(AdamW) => adamw::step;
+        pair_scores(PairScores) => pair_scores::forward;
     }
 }
 

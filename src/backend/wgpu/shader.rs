@@ -31,6 +31,7 @@ macro_rules! sources {
 
 sources! {
     "adamw",
+    "aggregate",
     "attention",
     "cast",
     "dropout",
@@ -41,11 +42,14 @@ sources! {
     "layer_norm",
     "matmul",
     "merge_statistics",
+    "pair_scores",
     "partition",
     "pooling",
     "positives",
     "prefix_norms",
     "reduce",
+    "row_function",
+    "row_sweep",
     "shared/columns",
     "shared/cooperative_tile",
     "shared/dropout",
