@@ -10,10 +10,10 @@
 
 mod adamw;
 mod adapter;
+mod aggregate;
 mod attention;
 #[cfg(all(test, feature = "train"))]
 mod browser;
-mod aggregate;
 mod buffer;
 mod cache;
 mod caller;
@@ -27,10 +27,10 @@ mod l2_norm;
 mod layer_norm;
 mod matmul;
 mod merge_statistics;
+mod pair_scores;
 mod partition;
 mod pipeline;
 mod pooling;
-mod pair_scores;
 mod positives;
 mod prefix_norms;
 mod reduce;
