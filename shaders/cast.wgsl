@@ -1,7 +1,7 @@
 // From one floating point type to another, on bits: what a driver does with halves is its own choice.
 //
-//     output[i] = input[i], rounded to the nearest value, of two that are equally near to the even one, beyond the range
-//     to infinity; what is no number stays none
+//     output[i] = input[i], rounded to the nearest value, of two that are equally near to the even one, beyond the
+//     range to infinity; what is no number stays none
 //
 // Two elements of 16 bits share a word, the first in the low half. FROM_… and TO_… name the types, none of
 // them bf16.

@@ -3,6 +3,7 @@
 //     forward   output (M, N) = activation(op(a) · op(b) + bias), or output += op(a) · op(b)
 //     product   output (M, N) (+)= factor · op(norms_a · a) · op(norms_b · b)
 //     partial   output (S, M, N) = op(a) · op(b) over the inner places of each of S parts
+//     largest_magnitudes   largest[which] = the bits of the largest magnitude of norms_a · a, if they are larger
 //     finish    output (M, N) = activation(Σ_S partials + bias), or output (+)= factor · Σ_S partials
 //
 // op(a) is (M, K) and stored so, or as (K, M) with TRANSPOSE_A; op(b) is (K, N), or stored as (N, K) with TRANSPOSE_B.
@@ -11,7 +12,15 @@
 // exp(log_scale[0]).
 //
 // Launch: 256 invocations for each TILE × TILE of the output, in x and y by columns and rows, in z by parts; of
-// `finish`, 256 elements for each workgroup.
+// `finish`, 256 elements for each workgroup; of `largest`, 16 rows of 256 columns. With MATRICES tiles are those of
+// shared/cooperative_tile.wgsl, which need what `largest` finds.
+
+#ifdef MATRICES_1
+#define MATRICES
+#endif
+#ifdef MATRICES_2
+#define MATRICES
+#endif
 
 #import groups
 #import numerics
@@ -19,12 +28,28 @@
 #import gelu
 #endif
 
+#ifndef FINISH
+#ifndef LARGEST_MAGNITUDES
+#define TILES
+#endif
+#endif
+
 struct Params {
     rows: u32,
     columns: u32,
+#ifndef LARGEST_MAGNITUDES
     output_base: u32,
     output_stride: u32,
-#ifndef FINISH
+#endif
+#ifdef LARGEST_MAGNITUDES
+    a_base: u32,
+    a_stride: u32,
+    which: u32,
+#ifdef NORMS_A
+    norms_a_base: u32,
+#endif
+#endif
+#ifdef TILES
     inner: u32,
     a_base: u32,
     a_stride: u32,
@@ -57,6 +82,44 @@ struct Params {
 @group(0) @binding(7) var<storage, read> norms_a: array<f32>;
 @group(0) @binding(8) var<storage, read> norms_b: array<f32>;
 @group(0) @binding(9) var<storage, read> partials: array<f32>;
+#ifdef LARGEST_MAGNITUDES
+@group(0) @binding(10) var<storage, read_write> largest: array<atomic<u32>>;
+#else
+@group(0) @binding(10) var<storage, read> largest: array<u32>;
+#endif
+
+#ifdef LARGEST_MAGNITUDES
+
+var<workgroup> largest_here: array<u32, 256>;
+
+// The order of bits is that of magnitudes; the largest of integers is the same in whatever order they come.
+@compute @workgroup_size(256)
+fn largest_magnitudes(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let column = id.x * 256u + lane;
+    var bits = 0u;
+    if (column < params.columns) {
+        for (var row = id.y * 16u; row < min(id.y * 16u + 16u, params.rows); row++) {
+            var value = a[params.a_base + row * params.a_stride + column];
+#ifdef NORMS_A
+            value *= norms_a[params.norms_a_base + row];
+#endif
+            bits = max(bits, bitcast<u32>(abs(value)));
+        }
+    }
+    largest_here[lane] = bits;
+    workgroupBarrier();
+    for (var step = 128u; step > 0u; step >>= 1u) {
+        if (lane < step) {
+            largest_here[lane] = max(largest_here[lane], largest_here[lane + step]);
+        }
+        workgroupBarrier();
+    }
+    if (lane == 0u) {
+        atomicMax(&largest[params.which], largest_here[0]);
+    }
+}
+
+#else
 
 // What becomes of an element of the product.
 fn finished(product: f32, row: u32, column: u32) {
@@ -108,7 +171,13 @@ fn finish(
 #ifdef TRANSPOSE_B
 #define RIGHT_BY_COLUMNS
 #endif
+#ifdef MATRICES
+#import cooperative_tile
+#else
 #import tile
+#endif
+
+fn prepare(row: u32, column: u32) {}
 
 // The element of `a` that stands in a row of op(a).
 fn left_value(row: u32, k: u32) -> f32 {
@@ -160,48 +229,92 @@ fn right_values(column: u32, k: u32) -> vec4<f32> {
     );
 }
 
-fn multiply_and_finish(id: vec3<u32>, lane: u32) {
+// An element of the product of one part.
+fn write_product(product: f32, row: u32, column: u32, part: u32) {
+    if (row < params.rows && column < params.columns) {
+#ifdef PARTIAL
+        output[(part * params.rows + row) * params.columns + column] = product;
+#else
+        finished(product, row, column);
+#endif
+    }
+}
+
+fn multiply_and_finish(id: vec3<u32>, lane: u32, subgroup: vec2<u32>) {
     let first = id.z * params.part;
-    multiply_tile(id.y * TILE, id.x * TILE, first, min(first + params.part, params.inner), lane);
+    let end = min(first + params.part, params.inner);
+#ifdef MATRICES
+    multiply_and_write_tile(id, first, end, lane, subgroup);
+#else
+    multiply_tile(id.y * TILE, id.x * TILE, first, end, lane);
     for (var u = 0u; u < SIDES; u++) {
         for (var i = 0u; i < 4u; i++) {
             let row = id.y * TILE + (lane / 16u + 16u * u) * 4u + i;
             for (var v = 0u; v < SIDES; v++) {
                 let products = tile_products[(u * SIDES + v) * 4u + i];
+                let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
                 for (var j = 0u; j < 4u; j++) {
-                    let column = id.x * TILE + (lane % 16u + 16u * v) * 4u + j;
-                    if (row < params.rows && column < params.columns) {
-#ifdef PARTIAL
-                        output[(id.z * params.rows + row) * params.columns + column] = products[j];
-#else
-                        finished(products[j], row, column);
-#endif
-                    }
+                    write_product(products[j], row, column + j, id.z);
                 }
             }
         }
     }
+#endif
 }
 
+#endif
 #endif
 
 #ifdef FORWARD
 @compute @workgroup_size(256)
-fn forward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    multiply_and_finish(id, lane);
+fn forward(
+    @builtin(workgroup_id) id: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+#ifdef MATRICES_1
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) invocation: u32,
+#endif
+) {
+#ifdef MATRICES_1
+    multiply_and_finish(id, lane, vec2<u32>(subgroup, invocation));
+#else
+    multiply_and_finish(id, lane, vec2<u32>());
+#endif
 }
 #endif
 
 #ifdef PRODUCT
 @compute @workgroup_size(256)
-fn product(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    multiply_and_finish(id, lane);
+fn product(
+    @builtin(workgroup_id) id: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+#ifdef MATRICES_1
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) invocation: u32,
+#endif
+) {
+#ifdef MATRICES_1
+    multiply_and_finish(id, lane, vec2<u32>(subgroup, invocation));
+#else
+    multiply_and_finish(id, lane, vec2<u32>());
+#endif
 }
 #endif
 
 #ifdef PARTIAL
 @compute @workgroup_size(256)
-fn partial(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    multiply_and_finish(id, lane);
+fn partial(
+    @builtin(workgroup_id) id: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+#ifdef MATRICES_1
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) invocation: u32,
+#endif
+) {
+#ifdef MATRICES_1
+    multiply_and_finish(id, lane, vec2<u32>(subgroup, invocation));
+#else
+    multiply_and_finish(id, lane, vec2<u32>());
+#endif
 }
 #endif

@@ -1,9 +1,9 @@
 // Lengths of the first values of every row, for nested widths and squared distances.
 //
 //     forward   output[row] = 1 / max(|x|, 1e-12), or |x|² / 2, with x the first `prefix` values of the row
-//     backward  d_input[row, c] −= input[row, c] · Σ_w along[w, row] · inverse_norms[w, row]²    (no norms: without them)
-//               over the prefixes w that hold column c; a launch has the columns of one segment, which all are in the
-//               same prefixes: those from `first_prefix` on
+//     backward  d_input[row, c] −= input[row, c] · Σ_w along[w, row] · inverse_norms[w, row]²
+//               over the prefixes w that hold column c, without the norms if there are none; a launch has the columns
+//               of one segment, which all are in the same prefixes: those from `first_prefix` on
 //
 // Launch: 256 invocations a workgroup, which have 8 of `count` rows of `width` values. One launch a prefix.
 

@@ -19,9 +19,9 @@ impl Shape {
         &self.0
     }
 
-    /// How many elements a tensor of this shape has.
+    /// How many elements a tensor of this shape has; the largest number if there are more than that.
     pub fn elements(&self) -> usize {
-        self.0.iter().product()
+        self.0.iter().fold(1, |elements, &extent| elements.saturating_mul(extent))
     }
 
     /// The first extent, 1 for a scalar.
@@ -339,5 +339,6 @@ mod tests {
         let shape = Shape::from([2, 3, 4]);
         assert_eq!((shape.elements(), shape.rows(), shape.width()), (24, 2, 12));
         assert_eq!(Shape::from([]).elements(), 1);
+        assert_eq!(Shape::from([usize::MAX, 2]).elements(), usize::MAX);
     }
 }

@@ -7,7 +7,8 @@
 //!   with `default-features = false`. See [`Objective::forward_backward`].
 //! * You want to **train a dual encoder** on pairs of texts from the command line: yes, see the `nearfar` program.
 //! * You want a general tensor library: no. The tape knows the operations of an encoder and a loss, and no others.
-//! * You want a GPU today: not yet. The seam for it is [`backend`]; what is behind it is the CPU.
+//! * You want it on **any GPU**: yes, with the feature `wgpu`, which is a default one. See `backend::wgpu`, also for
+//!   computing on buffers and in encoders of one's own.
 //!
 //! # The floors
 //!
@@ -17,7 +18,7 @@
 //! |---|---|
 //! | [`error`] | typed errors, shapes, element types |
 //! | [`objective`] | what is optimised, as data; its definition in float64; the plan of sweeps that computes it |
-//! | [`backend`] | devices, tensors, one method for each operation; the CPU |
+//! | [`backend`] | devices, tensors, one method for each operation; the CPU, wgpu |
 //! | [`loss`] | runs an objective on a device |
 //! | [`conformance`] | holds a device to the definition |
 //! | [`autograd`] | the tape |
@@ -47,6 +48,7 @@
 //! | feature | default | adds | costs |
 //! |---|---|---|---|
 //! | (none) | | objectives, losses, tape, encoder, optimizer on the CPU | gemm, rayon, bytemuck, half |
+//! | `wgpu` | yes | losses, encoder and training on Vulkan, Metal and Direct3D 12 | wgpu |
 //! | `train` | yes | texts, tokenizers, model folders, training, evaluation | tokenizers, safetensors, plotters, serde |
 //! | `cli` | yes | the `nearfar` program | clap, indicatif |
 #![deny(missing_docs)]
@@ -76,6 +78,9 @@ pub mod text;
 #[cfg(feature = "train")]
 pub mod train;
 
+/// The crate that [`backend::wgpu`] is built with, so that callers with a device of their own use the same version.
+#[cfg(feature = "wgpu")]
+pub use ::wgpu;
 pub use backend::{Device, Tensor};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};

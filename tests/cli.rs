@@ -273,10 +273,21 @@ fn devices_are_listed() {
     assert!(text.lines().any(|line| line.starts_with("cpu ")), "{text}");
     let json = folder.json("devices --json");
     let devices = json["devices"].as_array().unwrap();
-    assert_eq!(text.lines().count(), devices.len() + 1, "{text}");
+    assert_eq!(text.lines().filter(|line| !line.starts_with(' ')).count(), devices.len() + 1, "{text}");
     for device in devices {
         let description = device["description"].as_str().unwrap();
         assert!(!description.is_empty() && text.contains(description), "{text}");
+        for (name, value) in device["properties"].as_object().unwrap() {
+            let value = value.as_str().unwrap();
+            let shown = |line: &str| line.trim_start().starts_with(&format!("{name} ")) && line.ends_with(value);
+            assert!(text.lines().any(shown), "{name}: {value}: {text}");
+        }
+        assert_eq!(device["unsupported"], serde_json::json!([]), "{}", device["name"]);
+        if device["name"].as_str().unwrap().starts_with("wgpu:") {
+            for property in ["adapter", "backend", "driver", "features", "max_storage_buffer_binding_size"] {
+                assert!(device["properties"][property].is_string(), "{property}");
+            }
+        }
     }
     assert!(devices.iter().any(|device| device["name"] == "cpu"));
     assert_eq!(json["operations"], serde_json::json!(nearfar::backend::OPERATIONS));

@@ -2,7 +2,8 @@
 //
 // The file that imports this defines `left_values(row, k)` and `right_values(column, k)`: the values of four rows of
 // the left matrix, or four columns of the right one, from a multiple of four on, at one place of the inner extent; 0
-// outside. The flags LEFT_BY_ROWS and RIGHT_BY_COLUMNS say that values next to each other in memory have inner places
+// outside. Before the first of them `prepare(row, column)` is called, with the row and the column for which this
+// invocation will ask. The flags LEFT_BY_ROWS and RIGHT_BY_COLUMNS say that values next to each other in memory have inner places
 // next to each other, so that neighbouring invocations read neighbouring values.
 //
 // Each step brings STEP inner places of both matrices into workgroup memory, 16 KiB / 2 with a column of padding
@@ -48,6 +49,7 @@ fn multiply_tile(first_row: u32, first_column: u32, first: u32, end: u32, lane: 
     let right_place = RIGHT + right_k * STRIDE + right_group;
     let x = lane % 16u;
     let y = lane / 16u;
+    prepare(row, column);
 
     var left = vec4<f32>();
     var right = vec4<f32>();

@@ -10,18 +10,22 @@
 //! * [`philox`]: the random numbers that are the same on every device.
 
 pub mod cpu;
+pub(crate) mod guards;
 pub mod operations;
 mod packed;
 pub mod philox;
+mod support;
 mod tensor;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
+use std::any::Any;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, LazyLock};
 
 pub use packed::PackedBatch;
+pub use support::{backends, support_table};
 pub use tensor::{Buffer, Element, Tensor};
 
 use crate::error::{DType, Shape};
@@ -34,12 +38,31 @@ macro_rules! backend {
         /// Operations may run after the call has returned, in the order in which they were asked for; only
         /// [`download`](Backend::download) waits. An operation that a backend does not override is refused with
         /// [`Error::Unsupported`], never skipped.
-        pub trait Backend: fmt::Debug + Send + Sync + 'static {
+        pub trait Backend: Any + fmt::Debug + Send + Sync {
             /// The device's name as a user writes it, such as `cpu` or `wgpu:0`.
             fn name(&self) -> String;
 
             /// What the device is, in words.
             fn description(&self) -> String;
+
+            /// The names of the operations that devices of this type can do, of [`OPERATIONS`]; none if it is not said.
+            fn supported() -> &'static [&'static str]
+            where
+                Self: Sized,
+            {
+                &[]
+            }
+
+            /// The names of the operations that this device can do; none if it does not tell.
+            fn operations(&self) -> &'static [&'static str] {
+                &[]
+            }
+
+            /// What there is to know of the device beside its description: names and values, to be shown to who asks
+            /// what a machine has.
+            fn properties(&self) -> Vec<(&'static str, String)> {
+                Vec::new()
+            }
 
             /// Whether reading a scalar costs nothing, because operations have run when their call returns.
             fn is_synchronous(&self) -> bool;
@@ -235,6 +258,22 @@ impl Device {
         self.0.description()
     }
 
+    /// What there is to know of the device beside its description: names and values.
+    pub fn properties(&self) -> Vec<(&'static str, String)> {
+        self.0.properties()
+    }
+
+    /// Whether the device says that it can do an operation, one of [`OPERATIONS`].
+    pub fn supports(&self, operation: &str) -> bool {
+        self.0.operations().contains(&operation)
+    }
+
+    /// The backend as its own type, for what only devices of that type can do.
+    pub fn backend<T: Backend>(&self) -> Option<&T> {
+        let backend: &dyn Any = self.0.as_ref();
+        backend.downcast_ref()
+    }
+
     /// Whether reading a scalar costs nothing, because operations have run when their call returns.
     pub fn is_synchronous(&self) -> bool {
         self.0.is_synchronous()
@@ -349,7 +388,7 @@ impl FromStr for Device {
         match name {
             "cpu" => return Ok(Self::cpu()),
             #[cfg(feature = "wgpu")]
-            "auto" => return Ok(wgpu::hardware().unwrap_or_else(Self::cpu)),
+            "auto" => return Ok(wgpu::hardware().and_then(Result::ok).unwrap_or_else(Self::cpu)),
             #[cfg(not(feature = "wgpu"))]
             "auto" => return Ok(Self::cpu()),
             _ => {}

@@ -45,6 +45,10 @@ go to stderr. The exit code is 0 on success, 1 if something went wrong, 2 if the
 Environment:
   RAYON_NUM_THREADS  how many threads the CPU computes with (default: one for each core)
   NEARFAR_LOG        which messages go to stderr: error, warn, info, debug, trace, or nearfar=LEVEL
+  NEARFAR_CACHE      where compiled shaders are kept (default: nearfar in the user's folder for caches); empty for
+                     nowhere
+  WGPU_BACKEND, WGPU_ADAPTER_NAME, VK_DRIVER_FILES
+                     which devices wgpu finds
 
 Example:
   nearfar loss --queries queries.npy --documents documents.npy";
@@ -123,9 +127,12 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 /// The device to compute on.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Device to compute on: auto, cpu, wgpu, wgpu:1, cuda, cuda:1, …
+    /// Device to compute on: auto, cpu, wgpu, wgpu:1, …
     ///
-    /// `auto` takes the first one that `nearfar devices` lists. A name without a number means number 0.
+    /// `auto` takes the first graphics processor that works, else the CPU. `wgpu` is the first device of Vulkan, Metal
+    /// or Direct3D 12 that `nearfar devices` lists, be it a driver in software, `wgpu:1` the second. After a comma
+    /// follows how it is opened, to find out what makes a difference: `wgpu:0,checked` checks every index,
+    /// `default-limits` takes what any browser has, `no-subgroups` and `no-f16` do without.
     #[arg(long, value_name = "DEVICE", default_value = "auto", display_order = 800)]
     device: String,
 }
@@ -133,6 +140,10 @@ pub(crate) struct DeviceArgs {
 impl DeviceArgs {
     pub(crate) fn open(&self) -> Result<Device> {
         let device: Device = self.device.parse().context("--device")?;
+        #[cfg(feature = "wgpu")]
+        if let ("auto", Some(Err(error))) = (self.device.as_str(), nearfar::backend::wgpu::hardware()) {
+            tracing::warn!("computing on the CPU, as the graphics processor cannot be used: {error}");
+        }
         tracing::debug!(%device, "computing on {}", device.description());
         Ok(device)
     }

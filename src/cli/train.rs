@@ -245,6 +245,10 @@ impl Train {
                 let output = output.display();
                 bail!("stopped after step {step}; go on with: nearfar train --resume --output {output}");
             }
+            Err(error @ nearfar::Error::DeviceLost { .. }) if output.join("checkpoint.safetensors").exists() => {
+                let output = output.display();
+                bail!("{error}; go on with: nearfar train --resume --output {output}");
+            }
             outcome => outcome?,
         };
         self.print.print(&summary(&outcome), || describe(&outcome))

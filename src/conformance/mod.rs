@@ -47,10 +47,11 @@
 //! # What else is checked
 //!
 //! Every case runs twice and must give the same bits, must leave its input as it was, and must not write beyond its
-//! buffers: while a case runs, the CPU ends each buffer with guard words, and another backend that can tell reports it
-//! by [`Backend::guard_violations`](crate::backend::Backend::guard_violations). On the CPU the value of that is for the
-//! matrix products, the one part that is not safe Rust.
+//! buffers: while a case runs, the CPU and wgpu end each buffer with guard words, and another backend that can tell
+//! reports it by [`Backend::guard_violations`](crate::backend::Backend::guard_violations). On the CPU the value of that
+//! is for the matrix products, the one part that is not safe Rust; shaders run without checks of their indices.
 
+mod expectations;
 mod inputs;
 mod losses;
 mod operations;
@@ -60,8 +61,10 @@ use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::guards::Guards;
+use crate::backend::guards::Guards;
 use crate::{Device, Result, Tensor};
+
+pub use expectations::{EXPECTED_FAILURES, Expectation, Verdict};
 
 /// ε: the distance from 1 to the next single-precision number.
 const EPSILON: f64 = f32::EPSILON as f64;
@@ -198,7 +201,7 @@ impl Expected {
 }
 
 /// The tensors of a run: what was read and what came out, the latter in the order of what is expected.
-struct Ran {
+pub(crate) struct Ran {
     inputs: Vec<Vec<u32>>,
     outputs: Vec<Vec<f32>>,
 }
@@ -264,7 +267,7 @@ impl Case {
         }
     }
 
-    fn on_device(&self, device: &Device) -> Result<Ran> {
+    pub(crate) fn on_device(&self, device: &Device) -> Result<Ran> {
         match &self.kind {
             Kind::Loss(case) => case.on_device(device),
             Kind::Scores(case) => case.on_device(device),
@@ -275,8 +278,10 @@ impl Case {
     fn compare(&self, device: &Device, expected: &[Expected]) -> Result<Outcome> {
         let guards = Guards::raise();
         let before = device.guard_violations();
-        // The second run begins with buffers that the first one has used.
-        let (first, second) = (self.on_device(device)?, self.on_device(device)?);
+        let first = self.on_device(device)?;
+        // Buffers that were looked at are used again: the second run begins with what the first one has left in them.
+        device.guard_violations();
+        let second = self.on_device(device)?;
         let guard_violations = device.guard_violations() - before;
         drop(guards);
         let same_bits = |a: &[Vec<f32>], b: &[Vec<f32>]| {

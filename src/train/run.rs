@@ -132,7 +132,8 @@ const SETTINGS: &str = "training.toml";
 ///
 /// # Errors
 /// [`Error::File`] if the folder holds something, any error of the input files, [`Error::Diverged`] if the loss stops
-/// being finite (the last checkpoint is kept), [`Error::Interrupted`] if the watcher wants to stop.
+/// being finite and [`Error::DeviceLost`] if the device goes (the last checkpoint is kept), [`Error::Interrupted`] if
+/// the watcher wants to stop.
 pub fn train(settings: &TrainSettings, output: &Path, device: &Device, watcher: &mut dyn Watcher) -> Result<Outcome> {
     settings.check()?;
     match std::fs::read_dir(output) {
@@ -340,6 +341,15 @@ impl<'a> Run<'a> {
     }
 
     fn go(mut self, watcher: &mut dyn Watcher) -> Result<Outcome> {
+        self.run(watcher).map_err(|error| match error {
+            Error::DeviceLost { device, reason } => {
+                Error::DeviceLost { device, reason: format!("{reason}; {}", self.kept()) }
+            }
+            error => error,
+        })
+    }
+
+    fn run(&mut self, watcher: &mut dyn Watcher) -> Result<Outcome> {
         watcher.event(Event::Ready {
             device: self.device,
             objective: &self.objective,
@@ -433,13 +443,18 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// What is left of a training whose numbers are no longer finite, and what to try.
-    fn advice_on_divergence(&self) -> String {
+    /// What is left of a training that cannot go on.
+    fn kept(&self) -> String {
         let path = self.output.join(CHECKPOINT);
-        let kept = match Checkpoint::read(&path) {
+        match Checkpoint::read(&path) {
             Ok((checkpoint, _)) => format!("the checkpoint of step {} is kept in {}", checkpoint.step, path.display()),
             Err(_) => "there was no checkpoint yet".into(),
-        };
+        }
+    }
+
+    /// What is left of a training whose numbers are no longer finite, and what to try.
+    fn advice_on_divergence(&self) -> String {
+        let kept = self.kept();
         format!("{kept}; try a lower learning rate, a higher temperature or a longer warm-up")
     }
 

@@ -84,6 +84,8 @@ impl Trainer {
     ) -> Result<Tensor> {
         let loss = self.gradients(encoder, pairs, batch)?;
         self.optimizer.step(encoder.parameters_mut(), &mut self.gradients, learning_rate)?;
+        // What was recorded since the step before goes to the device together.
+        encoder.parameters().device().submit()?;
         Ok(loss)
     }
 
@@ -345,6 +347,10 @@ mod tests {
         }
 
         fn start(&self, tokenizer: &Tokenizer) -> Result<(DualEncoder, Trainer)> {
+            self.start_on(&Device::cpu(), tokenizer)
+        }
+
+        fn start_on(&self, device: &Device, tokenizer: &Tokenizer) -> Result<(DualEncoder, Trainer)> {
             let encoder = EncoderSettings {
                 vocabulary_size: tokenizer.id_bound(),
                 hidden_size: self.hidden_size,
@@ -361,7 +367,7 @@ mod tests {
             let projection = (self.towers == Towers::SharedProjection).then_some(12);
             let settings = DualEncoderSettings { encoder, towers: self.towers, projection };
             let objective = Objective::named(self.objective)?.temperature(0.1)?.similarity(self.similarity);
-            let encoder = DualEncoder::new(&Device::cpu(), settings, objective.log_scale() as f32, 4)?;
+            let encoder = DualEncoder::new(device, settings, objective.log_scale() as f32, 4)?;
             let optimizer = AdamW::new(encoder.parameters(), AdamWSettings::default())?;
             let trainer =
                 Trainer::new(&encoder, optimizer, objective, (true, self.mask_ids), self.mini_batch_size, self.seed)?;
@@ -478,6 +484,38 @@ mod tests {
             for threads in [2, 5] {
                 assert!(with(threads) == one, "{threads} threads make another step than one");
             }
+        }
+    }
+
+    /// A step is one submission, and reading its loss another one.
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn a_step_is_one_submission() {
+        use crate::backend::wgpu::{Settings, Wgpu};
+
+        let opened = match Wgpu::open(0, Settings::default()) {
+            Ok(opened) => opened,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let device = Device::new(opened);
+        let wgpu: &Wgpu = device.backend().unwrap();
+        for mini_batch_size in [0, 3] {
+            let (tokenizer, pairs) = pairs(8);
+            let case = Case { mini_batch_size, ..Case::new(Towers::Separate) };
+            let (mut encoder, mut trainer) = case.start_on(&device, &tokenizer).unwrap();
+            let mut step = || trainer.step(&mut encoder, &pairs, &[0, 1, 2, 3], 1e-3).unwrap();
+            // A loss is held while the next one is computed.
+            let first = step();
+            let mut loss = step();
+            drop(first);
+            let (submissions, held) = (wgpu.submissions(), device.held_bytes());
+            for _ in 0..10 {
+                loss = step();
+            }
+            assert_eq!(wgpu.submissions(), submissions + 10);
+            assert!(loss.to_scalar().unwrap().is_finite());
+            assert_eq!(wgpu.submissions(), submissions + 11);
+            assert_eq!(device.held_bytes(), held, "a step takes memory that the one before did not give back");
         }
     }
 

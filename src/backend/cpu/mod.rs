@@ -14,7 +14,6 @@ mod elementwise;
 mod embedding;
 mod gelu;
 mod gemm;
-pub(crate) mod guards;
 mod l2_norm;
 mod layer_norm;
 mod matmul;
@@ -52,6 +51,14 @@ impl Cpu {
 
 macro_rules! delegate {
     ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
         $(
             fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
                 $module::$function(arguments)
@@ -86,7 +93,7 @@ impl Backend for Cpu {
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
-        Ok(Arc::new(Pool::allocate(&self.pool, elements * dtype.size())?))
+        Ok(Arc::new(Pool::allocate(&self.pool, elements.saturating_mul(dtype.size()))?))
     }
 
     fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {

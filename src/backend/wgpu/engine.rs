@@ -2,18 +2,26 @@
 //!
 //! An operation records; nothing reaches the device before [`Engine::submit`], which a download, a full record or the
 //! end of a training step asks for. Parameters of all launches of a submission are one uniform buffer, written once.
+//!
+//! What is recorded between the beginning and the end of [`Engine::record`] goes into a caller's own encoder instead.
+//! Nobody knows when that runs, so its parameters and uploads have buffers of their own, and so has the [`Pool`].
 
-use std::collections::{HashMap, VecDeque};
+#[cfg(test)]
+use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ::wgpu;
 
 use super::adapter::Settings;
-use super::buffer::{Pool, WgpuBuffer, raw};
-use super::shader::{self, Binding, Permutation, Scalar};
-use crate::backend::{Buffer, Tensor};
+use super::buffer::{self, Pool, WgpuBuffer};
+use super::matmul;
+use super::pipeline::{Pipeline, Pipelines};
+use super::shader::{Permutation, Scalar};
+use crate::backend::{Tensor, guards};
 use crate::error::DType;
 use crate::{Error, Result};
 
@@ -21,6 +29,8 @@ use crate::{Error, Result};
 const PARAMS_STRIDE: usize = 256;
 /// Launches of one submission at most.
 const LAUNCHES: usize = 4096;
+/// Launches whose parameters share a buffer in a caller's encoder.
+const RECORDED_LAUNCHES: usize = 256;
 /// Submissions that the host may be ahead of the device.
 const AHEAD: usize = 4;
 /// Uploads of more bytes than this do not go through the record.
@@ -34,19 +44,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Why a device does not work any more.
 #[derive(Debug, Clone)]
-pub(super) enum Failure {
+enum Failure {
     Lost(String),
-    OutOfMemory,
     Other(String),
 }
 
-/// A compiled entry point.
-#[derive(Debug)]
-struct Pipeline {
-    pipeline: wgpu::ComputePipeline,
-    layout: wgpu::BindGroupLayout,
-    bindings: Vec<Binding>,
-    params: Vec<(String, Scalar)>,
+/// How products of large matrices are computed; the numbers are those of the shaders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Matrices {
+    /// By ordinary arithmetic.
+    None = 0,
+    /// By cooperative matrices of 16-bit numbers, two for each value.
+    Cooperative = 1,
+    /// As with cooperative matrices, but by ordinary arithmetic: to test the rest of it.
+    Emulated = 2,
 }
 
 /// Something the device is to do.
@@ -61,6 +72,7 @@ enum Command {
     Upload {
         from: u64,
         to: wgpu::Buffer,
+        to_offset: u64,
         bytes: u64,
     },
     Copy {
@@ -82,22 +94,86 @@ struct Record {
     upload_buffer: Option<wgpu::Buffer>,
     download_buffer: Option<wgpu::Buffer>,
     submissions: usize,
+    /// Buffers of parameters and what is to be in them, all but the last full, while a caller's encoder is recorded.
+    recording: Option<Vec<(wgpu::Buffer, Vec<u8>)>>,
+}
+
+/// Forgets what was asked for while a caller's encoder was recorded, unless it has been encoded.
+struct Recording<'a>(&'a Engine);
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        let mut record = lock(&self.0.record);
+        record.recording = None;
+        record.commands.clear();
+        record.uploads.clear();
+        drop(record);
+        self.0.pool.end_recording();
+    }
+}
+
+/// How a device computes products of large matrices.
+fn matrices(settings: &Settings, device: &wgpu::Device) -> Matrices {
+    let features = device.features();
+    let enough = device.limits().max_compute_workgroup_storage_size >= 32_768;
+    if !enough || !features.contains(wgpu::Features::SHADER_F16) {
+        return Matrices::None;
+    }
+    if settings.emulate_matrices {
+        return Matrices::Emulated;
+    }
+    let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SUBGROUP;
+    if features.contains(wanted) { Matrices::Cooperative } else { Matrices::None }
 }
 
 /// A device with everything that operations need of it.
 pub(super) struct Engine {
     pub(super) name: String,
+    /// The name and what the adapter is called, for errors.
+    title: String,
     pub(super) settings: Settings,
     device_type: wgpu::DeviceType,
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) limits: wgpu::Limits,
+    pub(super) matrices: Matrices,
     pub(super) pool: Arc<Pool>,
+    violations: AtomicUsize,
     failure: Arc<Mutex<Option<Failure>>>,
-    pipelines: RwLock<HashMap<Permutation, Arc<Pipeline>>>,
-    listed: Vec<shader::Listed>,
+    pub(super) pipelines: Pipelines,
     params_buffer: wgpu::Buffer,
     record: Mutex<Record>,
+    #[cfg(test)]
+    trace: Mutex<Trace>,
+}
+
+/// Launches to be repeated elsewhere: of each permutation the one that binds the fewest bytes.
+#[cfg(test)]
+#[derive(Default)]
+struct Trace {
+    /// Launches that bind more bytes than this are not looked at; by default none is.
+    largest: usize,
+    launches: HashMap<Permutation, Traced>,
+}
+
+/// A launch, and what it has read and written.
+#[cfg(test)]
+#[derive(Debug, Clone)]
+pub(super) struct Traced {
+    pub(super) params: Vec<u8>,
+    pub(super) groups: [u32; 3],
+    pub(super) bindings: Vec<TracedBinding>,
+    bytes: usize,
+}
+
+#[cfg(test)]
+#[derive(Debug, Clone)]
+pub(super) struct TracedBinding {
+    pub(super) name: &'static str,
+    pub(super) number: u32,
+    pub(super) before: Vec<u8>,
+    /// Of what is written.
+    pub(super) after: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -108,57 +184,61 @@ impl std::fmt::Debug for Engine {
 
 impl Engine {
     pub(super) fn new(name: String, settings: Settings, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let info = device.adapter_info();
+        let title = format!("{name} ({})", info.name);
         let failure: Arc<Mutex<Option<Failure>>> = Arc::default();
         let of_errors = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            let new = match error {
-                wgpu::Error::OutOfMemory { .. } => Failure::OutOfMemory,
-                other => Failure::Other(other.to_string()),
-            };
-            lock(&of_errors).get_or_insert(new);
+            lock(&of_errors).get_or_insert(Failure::Other(error.to_string()));
         }));
         let of_loss = failure.clone();
         device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                lock(&of_loss).get_or_insert(Failure::Lost(message));
-            }
+            let message = if message.is_empty() { format!("{reason:?}") } else { message };
+            // That it is lost is behind whatever else may have gone wrong.
+            *lock(&of_loss) = Some(Failure::Lost(message));
         });
         let limits = device.limits();
-        let params_buffer = device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("params"),
-            size: (PARAMS_STRIDE * LAUNCHES) as u64,
-            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        let pool = Arc::new(Pool::new(name.clone(), device.clone()));
-        let listed = shader::listed().map_err(|reason| Error::Device { device: name.clone(), reason })?;
-        Ok(Self {
+        let matrices = matrices(&settings, &device);
+        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let size = (PARAMS_STRIDE * LAUNCHES) as u64;
+        let params_buffer = buffer::create(&device, &title, Some("params"), size, usage, false)?;
+        let pool = Arc::new(Pool::new(title.clone(), device.clone()));
+        let pipelines = Pipelines::new(device.clone(), settings.checked)
+            .map_err(|reason| Error::Device { device: title.clone(), reason })?;
+        let mut engine = Self {
             name,
+            title,
             settings,
-            device_type: device.adapter_info().device_type,
+            device_type: info.device_type,
             device,
             queue,
             limits,
+            matrices,
             pool,
+            violations: AtomicUsize::new(0),
             failure,
-            pipelines: RwLock::default(),
-            listed,
+            pipelines,
             params_buffer,
             record: Mutex::default(),
-        })
+            #[cfg(test)]
+            trace: Mutex::default(),
+        };
+        if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
+            engine.matrices = Matrices::None;
+        }
+        Ok(engine)
     }
 
     /// Something that should not have happened.
     pub(super) fn broken(&self, reason: impl Into<String>) -> Error {
-        Error::Device { device: self.name.clone(), reason: reason.into() }
+        Error::Device { device: self.title.clone(), reason: reason.into() }
     }
 
     /// What the device has reported since it was opened.
     fn check(&self) -> Result<()> {
         match lock(&self.failure).clone() {
             None => Ok(()),
-            Some(Failure::Lost(reason)) => Err(Error::DeviceLost { device: self.name.clone(), reason }),
-            Some(Failure::OutOfMemory) => Err(Error::OutOfMemory { device: self.name.clone(), bytes: 0 }),
+            Some(Failure::Lost(reason)) => Err(Error::DeviceLost { device: self.title.clone(), reason }),
             Some(Failure::Other(reason)) => Err(self.broken(reason)),
         }
     }
@@ -170,8 +250,51 @@ impl Engine {
 
     /// Room for values that an operation needs while it runs.
     pub(super) fn scratch(&self, elements: usize, dtype: DType) -> Result<Scratch> {
-        let buffer = Pool::allocate(&self.pool, elements * dtype.size(), self.limits.max_buffer_size)?;
-        Ok(Scratch { buffer, elements })
+        Ok(Scratch { buffer: self.allocate(elements, dtype)?, elements })
+    }
+
+    /// Room for values.
+    pub(super) fn allocate(&self, elements: usize, dtype: DType) -> Result<WgpuBuffer> {
+        let bytes = elements.saturating_mul(dtype.size());
+        let buffer = Pool::allocate(&self.pool, bytes, guards::are_wanted())?;
+        if let Some(guard) = buffer.guard() {
+            let words = vec![guards::PATTERN; (guard.end - guard.start) as usize];
+            self.upload(&words, &buffer, guard.start)?;
+        }
+        Ok(buffer)
+    }
+
+    /// How many guarded buffers were written beyond their values, of all that were given back so far.
+    pub(super) fn guard_violations(&self) -> usize {
+        // A device that cannot copy any more reports that to whoever asks it for something next.
+        let new = self.new_guard_violations().unwrap_or(0);
+        new + self.violations.fetch_add(new, Ordering::SeqCst)
+    }
+
+    fn new_guard_violations(&self) -> Result<usize> {
+        let buffers = self.pool.guarded();
+        let bytes = buffers.iter().map(|(raw, end)| (raw.size() - end) as usize);
+        let guards = Pool::allocate(&self.pool, bytes.clone().sum(), false)?;
+        let mut to = 0;
+        let mut record = lock(&self.record);
+        for (from, end) in &buffers {
+            let bytes = from.size() - end;
+            let (from, to_buffer) = (from.clone(), guards.raw().clone());
+            record.commands.push(Command::Copy { from, from_offset: *end, to: to_buffer, to_offset: to, bytes });
+            to += bytes;
+        }
+        drop(record);
+        let mut words = vec![0; to as usize];
+        self.download(&guards, &mut words)?;
+        let mut rest = words.as_slice();
+        let violated = bytes.filter(|&bytes| {
+            let (guard, behind) = rest.split_at(bytes);
+            rest = behind;
+            !guards::hold(guard)
+        });
+        let violated = violated.count();
+        self.pool.keep(buffers.into_iter().map(|(raw, _)| raw));
+        Ok(violated)
     }
 
     /// Whether the device is hardware of its own, not a program on the processor.
@@ -184,6 +307,11 @@ impl Engine {
         if self.is_hardware() { 256 } else { 8 }
     }
 
+    /// Values of a workspace: so many, or fewer if the device was opened with fewer.
+    pub(super) fn workspace(&self, values: usize) -> usize {
+        self.settings.workspace.map_or(values, |most| values.min(most))
+    }
+
     /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
     pub(super) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         // A binding may begin up to 63 elements before its run.
@@ -191,88 +319,6 @@ impl Engine {
         let fit = (most / width.max(1)).min(1 << 28);
         let step = if fit > 4096 { fit - fit % 4096 } else { fit.max(1) };
         (0..rows).step_by(step).map(move |first| first..rows.min(first + step))
-    }
-
-    fn pipeline(&self, launch: &Launch<'_>) -> Result<Arc<Pipeline>> {
-        let permutation = &launch.permutation;
-        let found = self.pipelines.read().unwrap_or_else(PoisonError::into_inner).get(permutation).cloned();
-        if let Some(found) = found {
-            return Ok(found);
-        }
-        let pipeline = Arc::new(self.compile(permutation, &launch.names())?);
-        self.pipelines.write().unwrap_or_else(PoisonError::into_inner).insert(permutation.clone(), pipeline.clone());
-        Ok(pipeline)
-    }
-
-    fn compile(&self, permutation: &Permutation, names: &[&str]) -> Result<Pipeline> {
-        if !self.listed.iter().any(|listed| listed.holds(permutation)) {
-            return Err(self.broken(format!("{permutation} is not among shaders/permutations")));
-        }
-        let module = shader::module(permutation).map_err(|reason| self.broken(reason))?;
-        let mut bindings = module.bindings;
-        bindings.retain(|binding| names.contains(&binding.name.as_str()));
-        if let Some(unknown) = names.iter().find(|name| bindings.iter().all(|binding| binding.name != **name)) {
-            return Err(self.broken(format!("{permutation} has no buffer `{unknown}`")));
-        }
-        let storage = |binding: &Binding| wgpu::BindGroupLayoutEntry {
-            binding: binding.number,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty: wgpu::BufferBindingType::Storage { read_only: binding.read_only },
-                has_dynamic_offset: false,
-                min_binding_size: None,
-            },
-            count: None,
-        };
-        let mut entries: Vec<wgpu::BindGroupLayoutEntry> = bindings.iter().map(storage).collect();
-        if !module.params.is_empty() {
-            entries.push(wgpu::BindGroupLayoutEntry {
-                binding: 0,
-                visibility: wgpu::ShaderStages::COMPUTE,
-                ty: wgpu::BindingType::Buffer {
-                    ty: wgpu::BufferBindingType::Uniform,
-                    has_dynamic_offset: true,
-                    min_binding_size: None,
-                },
-                count: None,
-            });
-        }
-        let label = permutation.to_string();
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let layout = self
-            .device
-            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
-        let description =
-            wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(module.text.into()) };
-        let checks = if self.settings.checked {
-            wgpu::ShaderRuntimeChecks::checked()
-        } else {
-            wgpu::ShaderRuntimeChecks::unchecked()
-        };
-        // SAFETY: the shaders are this crate's own. Every index they form is held to the shapes that `Checker` has
-        // checked, their loops end, and they divide by nothing that can be 0; the conformance table is run with the
-        // checks on too, where a difference would show.
-        let shader = unsafe { self.device.create_shader_module_trusted(description, checks) };
-        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-            label: Some(&label),
-            bind_group_layouts: &[Some(&layout)],
-            immediate_size: 0,
-        });
-        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: Some(&label),
-            layout: Some(&pipeline_layout),
-            module: &shader,
-            entry_point: Some(permutation.entry),
-            compilation_options: wgpu::PipelineCompilationOptions {
-                constants: &[],
-                zero_initialize_workgroup_memory: false,
-            },
-            cache: None,
-        });
-        if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(self.broken(format!("{permutation}: {error}")));
-        }
-        Ok(Pipeline { pipeline, layout, bindings, params: module.params })
     }
 
     /// Records a launch.
@@ -287,7 +333,8 @@ impl Engine {
         if let Some(&groups) = launch.groups.iter().find(|&&groups| groups > most) {
             return Err(self.limit("max_compute_workgroups_per_dimension", u64::from(groups), u64::from(most)));
         }
-        let pipeline = self.pipeline(&launch)?;
+        let names = launch.bound.iter().map(|bound| bound.name);
+        let pipeline = self.pipelines.get(&launch.permutation, names).map_err(|reason| self.broken(reason))?;
         let permutation = &launch.permutation;
         let mut params = [0u8; PARAMS_STRIDE];
         for (i, (name, scalar)) in pipeline.params.iter().enumerate() {
@@ -302,12 +349,16 @@ impl Engine {
         if launch.params.len() != pipeline.params.len() {
             return Err(self.broken(format!("{permutation} has no room for all of its parameters")));
         }
+        #[cfg(test)]
+        let mut traced = self.before(&launch, &pipeline, &params)?;
+        let mut record = lock(&self.record);
+        let (params_buffer, at) = self.push_params(&mut record, &params)?;
         let mut entries = Vec::with_capacity(pipeline.bindings.len() + 1);
         if !pipeline.params.is_empty() {
             entries.push(wgpu::BindGroupEntry {
                 binding: 0,
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: &self.params_buffer,
+                    buffer: &params_buffer,
                     offset: 0,
                     size: NonZeroU64::new((4 * pipeline.params.len()).next_multiple_of(16) as u64),
                 }),
@@ -326,10 +377,11 @@ impl Engine {
             if *bytes > most {
                 return Err(self.limit("max_storage_buffer_binding_size", *bytes, most));
             }
+            buffer.mark();
             entries.push(wgpu::BindGroupEntry {
                 binding: binding.number,
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer,
+                    buffer: buffer.raw(),
                     offset: *offset,
                     size: NonZeroU64::new(*bytes),
                 }),
@@ -343,77 +395,109 @@ impl Engine {
             layout: &pipeline.layout,
             entries: &entries,
         });
-        let mut record = lock(&self.record);
-        if record.params.len() == PARAMS_STRIDE * LAUNCHES {
-            self.submit_record(&mut record)?;
-        }
-        let at = record.params.len() as u32;
-        record.params.extend_from_slice(&params);
         record.commands.push(Command::Launch { pipeline, bind_group, params: at, groups: launch.groups });
+        #[cfg(test)]
+        {
+            drop(record);
+            self.after(&launch, traced.take())?;
+        }
         Ok(())
     }
 
-    pub(super) fn limit(&self, limit: &'static str, needed: u64, most: u64) -> Error {
-        Error::Limit { device: self.name.clone(), limit, needed, most }
+    /// Puts a launch's parameters into the record, which is submitted first if it is full. Returns the buffer they will
+    /// be in, and their place in it.
+    fn push_params(&self, record: &mut Record, params: &[u8; PARAMS_STRIDE]) -> Result<(wgpu::Buffer, u32)> {
+        let Some(buffers) = &mut record.recording else {
+            if record.params.len() == PARAMS_STRIDE * LAUNCHES {
+                self.submit_record(record)?;
+            }
+            let at = record.params.len() as u32;
+            record.params.extend_from_slice(params);
+            return Ok((self.params_buffer.clone(), at));
+        };
+        let full = PARAMS_STRIDE * RECORDED_LAUNCHES;
+        if buffers.last().is_none_or(|(_, bytes)| bytes.len() == full) {
+            let usage = wgpu::BufferUsages::UNIFORM;
+            let buffer = buffer::create(&self.device, &self.title, Some("params"), full as u64, usage, true)?;
+            buffers.push((buffer, Vec::with_capacity(full)));
+        }
+        let (buffer, bytes) = buffers.last_mut().ok_or_else(|| self.broken("no parameters"))?;
+        let at = bytes.len() as u32;
+        bytes.extend_from_slice(params);
+        Ok((buffer.clone(), at))
     }
 
-    /// Records a copy of bytes from the host.
-    pub(super) fn upload(&self, bytes: &[u8], to: &wgpu::Buffer) -> Result<()> {
+    pub(super) fn limit(&self, limit: &'static str, needed: u64, most: u64) -> Error {
+        Error::Limit { device: self.title.clone(), limit, needed, most }
+    }
+
+    /// Records a copy of bytes from the host, to a place that is a multiple of 4.
+    pub(super) fn upload(&self, bytes: &[u8], to: &WgpuBuffer, to_offset: u64) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
+        to.mark();
         let mut record = lock(&self.record);
-        if bytes.len() > LARGE_UPLOAD {
+        if bytes.len() > LARGE_UPLOAD && record.recording.is_none() {
             // Writes of the queue come before whatever is submitted later, and after what was before.
             self.submit_record(&mut record)?;
             let whole = bytes.len() - bytes.len() % 4;
-            self.queue.write_buffer(to, 0, &bytes[..whole]);
+            self.queue.write_buffer(to.raw(), to_offset, &bytes[..whole]);
             if whole < bytes.len() {
                 let mut last = [0u8; 4];
                 last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-                self.queue.write_buffer(to, whole as u64, &last);
+                self.queue.write_buffer(to.raw(), to_offset + whole as u64, &last);
             }
             return self.check();
         }
-        let from = record.uploads.len();
+        let from = record.uploads.len() as u64;
         record.uploads.extend_from_slice(bytes);
         let padded = record.uploads.len().next_multiple_of(16);
         record.uploads.resize(padded, 0);
-        let bytes = bytes.len().next_multiple_of(4) as u64;
-        record.commands.push(Command::Upload { from: from as u64, to: to.clone(), bytes });
+        let (to, bytes) = (to.raw().clone(), bytes.len().next_multiple_of(4) as u64);
+        record.commands.push(Command::Upload { from, to, to_offset, bytes });
         Ok(())
     }
 
     /// Records a copy of bytes, multiples of 4, from one buffer to another.
-    pub(super) fn copy(&self, from: (&wgpu::Buffer, u64), to: (&wgpu::Buffer, u64), bytes: u64) {
+    pub(super) fn copy(&self, from: (&WgpuBuffer, u64), to: (&WgpuBuffer, u64), bytes: u64) {
+        from.0.mark();
+        to.0.mark();
         lock(&self.record).commands.push(Command::Copy {
-            from: from.0.clone(),
+            from: from.0.raw().clone(),
             from_offset: from.1,
-            to: to.0.clone(),
+            to: to.0.raw().clone(),
             to_offset: to.1,
             bytes,
         });
     }
 
     /// Waits for everything asked for and copies bytes to the host.
-    pub(super) fn download(&self, from: &wgpu::Buffer, bytes: &mut [u8]) -> Result<()> {
+    pub(super) fn download(&self, from: &WgpuBuffer, bytes: &mut [u8]) -> Result<()> {
+        self.download_from(from, 0, bytes)
+    }
+
+    fn download_from(&self, from: &WgpuBuffer, from_offset: u64, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return self.submit();
         }
         let size = bytes.len().next_multiple_of(4) as u64;
         let mut record = lock(&self.record);
+        if record.recording.is_some() {
+            let reason = "cannot be read before the encoder that is being recorded is submitted";
+            return Err(Error::value("download", "tensor", reason));
+        }
         let staging = match record.download_buffer.take().filter(|buffer| buffer.size() >= size) {
             Some(staging) => staging,
-            None => self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("download"),
-                size: size.next_power_of_two().max(4096).min(self.limits.max_buffer_size),
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            }),
+            None => {
+                let room = size.next_power_of_two().max(4096).min(self.limits.max_buffer_size);
+                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+                buffer::create(&self.device, &self.title, Some("download"), room, usage, false)?
+            }
         };
         record.commands.push(Command::Copy {
-            from: from.clone(),
-            from_offset: 0,
+            from: from.raw().clone(),
+            from_offset,
             to: staging.clone(),
             to_offset: 0,
             bytes: size,
@@ -438,12 +522,86 @@ impl Engine {
         staging.unmap();
         record.in_flight.clear();
         record.download_buffer = Some(staging);
+        drop(record);
+        self.pipelines.save();
         self.check()
     }
 
-    /// Hands everything recorded to the device, without waiting for it.
+    /// Records a copy of elements of 4 bytes.
+    pub(super) fn copy_elements(
+        &self,
+        (from, first): (&dyn Bindable, usize),
+        (to, to_first): (&dyn Bindable, usize),
+        elements: usize,
+    ) -> Result<()> {
+        let (Some((from, _)), Some((to, _))) = (from.bind(), to.bind()) else {
+            return Err(self.broken("a buffer of another backend"));
+        };
+        if elements > 0 {
+            self.copy((from, 4 * first as u64), (to, 4 * to_first as u64), 4 * elements as u64);
+        }
+        Ok(())
+    }
+
+    /// Copies bytes from the host.
+    pub(super) fn write(&self, to: &Scratch, bytes: &[u8]) -> Result<()> {
+        self.upload(bytes, &to.buffer, 0)
+    }
+
+    /// Copies bytes to the host.
+    pub(super) fn read(&self, from: &Scratch, bytes: &mut [u8]) -> Result<()> {
+        self.download(&from.buffer, bytes)
+    }
+
+    /// Hands everything recorded to the device, without waiting for it. While a caller's encoder is recorded there is
+    /// nothing to hand over.
     pub(super) fn submit(&self) -> Result<()> {
-        self.submit_record(&mut lock(&self.record))
+        let mut record = lock(&self.record);
+        if record.recording.is_some() { Ok(()) } else { self.submit_record(&mut record) }
+    }
+
+    /// Puts everything that is asked for meanwhile into a caller's encoder.
+    pub(super) fn record<T>(&self, encoder: &mut wgpu::CommandEncoder, ask: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mut record = lock(&self.record);
+        if record.recording.is_some() {
+            return Err(Error::value("record", "encoder", "cannot be recorded while another one is"));
+        }
+        self.submit_record(&mut record)?;
+        record.recording = Some(Vec::new());
+        self.pool.begin_recording();
+        drop(record);
+        let recording = Recording(self);
+        let value = ask()?;
+        let mut record = lock(&self.record);
+        for (buffer, bytes) in record.recording.take().unwrap_or_default() {
+            self.fill_mapped(&buffer, &bytes)?;
+        }
+        let mut uploads = None;
+        if !record.uploads.is_empty() {
+            let size = record.uploads.len() as u64;
+            if size > self.limits.max_buffer_size {
+                return Err(self.limit("max_buffer_size", size, self.limits.max_buffer_size));
+            }
+            let usage = wgpu::BufferUsages::COPY_SRC;
+            let buffer = buffer::create(&self.device, &self.title, Some("uploads"), size, usage, true)?;
+            self.fill_mapped(&buffer, &record.uploads)?;
+            uploads = Some(buffer);
+        }
+        self.encode(&record.commands, uploads.as_ref(), encoder)?;
+        drop(record);
+        drop(recording);
+        self.check()?;
+        Ok(value)
+    }
+
+    /// Writes a buffer that is still mapped from when it was made.
+    fn fill_mapped(&self, buffer: &wgpu::Buffer, bytes: &[u8]) -> Result<()> {
+        if !bytes.is_empty() {
+            let range = buffer.get_mapped_range_mut(0..bytes.len() as u64);
+            range.map_err(|error| self.broken(error.to_string()))?.copy_from_slice(bytes);
+        }
+        buffer.unmap();
+        Ok(())
     }
 
     fn submit_record(&self, record: &mut Record) -> Result<()> {
@@ -457,19 +615,17 @@ impl Engine {
         if !record.uploads.is_empty() {
             let size = record.uploads.len() as u64;
             if record.upload_buffer.as_ref().is_none_or(|buffer| buffer.size() < size) {
-                record.upload_buffer = Some(self.device.create_buffer(&wgpu::BufferDescriptor {
-                    label: Some("uploads"),
-                    size: size.next_power_of_two(),
-                    usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
-                    mapped_at_creation: false,
-                }));
+                let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+                let room = size.next_power_of_two().min(self.limits.max_buffer_size);
+                record.upload_buffer =
+                    Some(buffer::create(&self.device, &self.title, Some("uploads"), room, usage, false)?);
             }
             if let Some(buffer) = &record.upload_buffer {
                 self.queue.write_buffer(buffer, 0, &record.uploads);
             }
         }
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None });
-        encode(&record.commands, record.upload_buffer.as_ref(), &mut encoder);
+        self.encode(&record.commands, record.upload_buffer.as_ref(), &mut encoder)?;
         let index = self.queue.submit([encoder.finish()]);
         record.commands.clear();
         record.params.clear();
@@ -485,34 +641,89 @@ impl Engine {
         self.check()?;
         polled.map(|_| ()).map_err(|error| self.broken(error.to_string()))
     }
+
+    /// Writes commands into an encoder, when their pipelines are compiled; launches that follow each other share a
+    /// pass.
+    fn encode(
+        &self,
+        commands: &[Command],
+        uploads: Option<&wgpu::Buffer>,
+        encoder: &mut wgpu::CommandEncoder,
+    ) -> Result<()> {
+        let mut rest = commands;
+        while let Some(first) = rest.first() {
+            match first {
+                Command::Launch { .. } => {
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                    while let Some(Command::Launch { pipeline, bind_group, params, groups: [x, y, z] }) = rest.first() {
+                        pass.set_pipeline(self.pipelines.wait(pipeline).map_err(|reason| self.broken(reason))?);
+                        let offsets: &[u32] = if pipeline.params.is_empty() { &[] } else { &[*params] };
+                        pass.set_bind_group(0, bind_group, offsets);
+                        pass.dispatch_workgroups(*x, *y, *z);
+                        rest = &rest[1..];
+                    }
+                    continue;
+                }
+                Command::Upload { from, to, to_offset, bytes } => {
+                    if let Some(uploads) = uploads {
+                        encoder.copy_buffer_to_buffer(uploads, *from, to, *to_offset, *bytes);
+                    }
+                }
+                Command::Copy { from, from_offset, to, to_offset, bytes } => {
+                    encoder.copy_buffer_to_buffer(from, *from_offset, to, *to_offset, *bytes);
+                }
+            }
+            rest = &rest[1..];
+        }
+        Ok(())
+    }
 }
 
-/// Writes commands into an encoder; launches that follow each other share a pass.
-fn encode(commands: &[Command], uploads: Option<&wgpu::Buffer>, encoder: &mut wgpu::CommandEncoder) {
-    let mut rest = commands;
-    while let Some(first) = rest.first() {
-        match first {
-            Command::Launch { .. } => {
-                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-                while let Some(Command::Launch { pipeline, bind_group, params, groups: [x, y, z] }) = rest.first() {
-                    pass.set_pipeline(&pipeline.pipeline);
-                    let offsets: &[u32] = if pipeline.params.is_empty() { &[] } else { &[*params] };
-                    pass.set_bind_group(0, bind_group, offsets);
-                    pass.dispatch_workgroups(*x, *y, *z);
-                    rest = &rest[1..];
-                }
-                continue;
-            }
-            Command::Upload { from, to, bytes } => {
-                if let Some(uploads) = uploads {
-                    encoder.copy_buffer_to_buffer(uploads, *from, to, 0, *bytes);
-                }
-            }
-            Command::Copy { from, from_offset, to, to_offset, bytes } => {
-                encoder.copy_buffer_to_buffer(from, *from_offset, to, *to_offset, *bytes);
+#[cfg(test)]
+impl Engine {
+    /// From now on keeps launches that bind so many bytes at most.
+    pub(super) fn trace(&self, largest: usize) {
+        lock(&self.trace).largest = largest;
+    }
+
+    /// What was kept.
+    pub(super) fn traced(&self) -> HashMap<Permutation, Traced> {
+        lock(&self.trace).launches.clone()
+    }
+
+    fn read_bound(&self, bound: &Bound<'_>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; bound.bytes as usize];
+        self.download_from(bound.buffer, bound.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// What a launch binds, if it is to be kept.
+    fn before(&self, launch: &Launch<'_>, pipeline: &Pipeline, params: &[u8; PARAMS_STRIDE]) -> Result<Option<Traced>> {
+        let bytes = launch.bound.iter().map(|bound| bound.bytes as usize).sum();
+        let trace = lock(&self.trace);
+        if bytes > trace.largest || trace.launches.get(&launch.permutation).is_some_and(|kept| kept.bytes <= bytes) {
+            return Ok(None);
+        }
+        drop(trace);
+        let mut bindings = Vec::new();
+        for bound in &launch.bound {
+            let number = pipeline.bindings.iter().find(|binding| binding.name == bound.name).map(|found| found.number);
+            let before = self.read_bound(bound)?;
+            bindings.push(TracedBinding { name: bound.name, number: number.unwrap_or(0), before, after: None });
+        }
+        let size = if pipeline.params.is_empty() { 0 } else { (4 * pipeline.params.len()).next_multiple_of(16) };
+        Ok(Some(Traced { params: params[..size].to_vec(), groups: launch.groups, bindings, bytes }))
+    }
+
+    fn after(&self, launch: &Launch<'_>, traced: Option<Traced>) -> Result<()> {
+        let Some(mut traced) = traced else { return Ok(()) };
+        for (bound, binding) in launch.bound.iter().zip(&mut traced.bindings) {
+            if bound.writes {
+                binding.after = Some(self.read_bound(bound)?);
             }
         }
-        rest = &rest[1..];
+        lock(&self.trace).launches.insert(launch.permutation.clone(), traced);
+        Ok(())
     }
 }
 
@@ -526,26 +737,25 @@ pub(super) struct Scratch {
 /// What can be bound: a tensor, or scratch values.
 pub(super) trait Bindable {
     /// The buffer and how many bytes of it are meant.
-    fn bind(&self) -> Option<(&wgpu::Buffer, usize)>;
+    fn bind(&self) -> Option<(&WgpuBuffer, usize)>;
 }
 
 impl Bindable for Tensor {
-    fn bind(&self) -> Option<(&wgpu::Buffer, usize)> {
-        let buffer: &dyn Buffer = self.buffer();
-        raw(buffer).map(|raw| (raw, self.elements() * self.dtype().size()))
+    fn bind(&self) -> Option<(&WgpuBuffer, usize)> {
+        buffer::raw(self.buffer()).map(|raw| (raw, self.elements() * self.dtype().size()))
     }
 }
 
 impl Bindable for Scratch {
-    fn bind(&self) -> Option<(&wgpu::Buffer, usize)> {
-        Some((self.buffer.raw(), self.elements * 4))
+    fn bind(&self) -> Option<(&WgpuBuffer, usize)> {
+        Some((&self.buffer, self.elements * 4))
     }
 }
 
 /// A buffer under a name.
 struct Bound<'a> {
     name: &'static str,
-    buffer: &'a wgpu::Buffer,
+    buffer: &'a WgpuBuffer,
     offset: u64,
     bytes: u64,
     writes: bool,
@@ -571,10 +781,6 @@ impl<'a> Launch<'a> {
             groups: [1; 3],
             error: None,
         }
-    }
-
-    fn names(&self) -> Vec<&str> {
-        self.bound.iter().map(|bound| bound.name).collect()
     }
 
     fn fail(&mut self, reason: String) {
@@ -619,6 +825,9 @@ impl<'a> Launch<'a> {
                 (4 * first as u64, (4 * (range.end - first) as u64).max(4))
             }
         };
+        // Guard words that follow can be written then, and that is noticed.
+        let guard = buffer.guard().filter(|guard| guard.start == offset + bytes);
+        let bytes = guard.map_or(bytes, |guard| guard.end - offset);
         self.bound.push(Bound { name, buffer, offset, bytes, writes });
         self
     }
@@ -682,6 +891,24 @@ impl<'a> Launch<'a> {
         self.bind(name, what, Some((elements, base)), true)
     }
 
+    /// Binds the first so many elements, of 4 bytes, of what is read.
+    pub(super) fn read_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
+        self.first(name, what, elements, false)
+    }
+
+    /// The same of what is written.
+    pub(super) fn write_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
+        self.first(name, what, elements, true)
+    }
+
+    fn first<T: Bindable + ?Sized>(mut self, name: &'static str, what: &'a T, elements: usize, writes: bool) -> Self {
+        self = self.bind(name, what, None, writes);
+        if let Some(bound) = self.bound.last_mut() {
+            bound.bytes = bound.bytes.min(4 * elements as u64).max(4);
+        }
+        self
+    }
+
     /// A parameter that is a size or a place.
     pub(super) fn size(mut self, name: &'static str, value: usize) -> Self {
         match u32::try_from(value) {
@@ -723,5 +950,78 @@ impl<'a> Launch<'a> {
         let y = count.div_ceil(MOST_GROUPS).max(1);
         let x = count.div_ceil(y);
         self.size("groups", count).groups([x, y, usize::from(count > 0)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::backend::guards::Guards;
+    use crate::backend::wgpu::{Settings, Wgpu};
+
+    fn open() -> Option<Device> {
+        match Wgpu::open(0, Settings::default()) {
+            Ok(opened) => Some(Device::new(opened)),
+            Err(error) => {
+                println!("skipped: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_beyond_a_guarded_buffer_is_noticed() {
+        let Some(device) = open() else { return };
+        let engine = &device.backend::<Wgpu>().unwrap().engine;
+        let guards = Guards::raise();
+        for elements in [0, 1, 63, 64, 65, 1000] {
+            let buffer = engine.allocate(elements, DType::F32).unwrap();
+            engine.upload(&vec![7; 4 * elements], &buffer, 0).unwrap();
+        }
+        assert_eq!(device.guard_violations(), 0);
+        for elements in [1, 63, 64, 1000] {
+            let before = device.guard_violations();
+            let buffer = engine.allocate(elements, DType::F32).unwrap();
+            let (end, size) = ((4 * elements) as u64, buffer.raw().size());
+            assert!((256..512).contains(&(size - end)));
+            engine.upload(&[7; 4], &buffer, if elements == 63 { size - 4 } else { end }).unwrap();
+            drop(buffer);
+            assert_eq!(device.guard_violations(), before + 1, "{elements}");
+        }
+        // A shader that writes one element too many.
+        let before = device.guard_violations();
+        let values = engine.scratch(100, DType::F32).unwrap();
+        let fill = Launch::new("elementwise", "fill").write_part("output", &values, 0..100, "output_base");
+        engine.launch(fill.float("value", 1.0).size("count", 101).row_of_groups(1)).unwrap();
+        drop(values);
+        assert_eq!(device.guard_violations(), before + 1);
+        drop(guards);
+        let unguarded = engine.allocate(100, DType::F32).unwrap();
+        assert!(unguarded.guard().is_none());
+    }
+
+    #[test]
+    fn launches_that_do_not_fit_their_shader_are_refused() {
+        let Some(device) = open() else { return };
+        let engine = &device.backend::<Wgpu>().unwrap().engine;
+        let values = engine.scratch(64, DType::F32).unwrap();
+        let fill = || Launch::new("elementwise", "fill").write_part("output", &values, 0..64, "output_base");
+        // What it binds is known by its first launch.
+        engine.launch(fill().size("count", 64).float("value", 1.0).row_of_groups(1)).unwrap();
+        for (launch, expected) in [
+            (fill().size("count", 64).row_of_groups(1), "lacks `value`"),
+            (fill().size("count", 64).size("value", 1).row_of_groups(1), "`value` is of another type"),
+            (fill().size("count", 64).float("value", 1.0).size("more", 1).row_of_groups(1), "no room for all"),
+            (fill().flag("ACCUMULATE", true), "not among shaders/permutations"),
+            (fill().size("count", usize::MAX).float("value", 1.0), "beyond 32 bits"),
+            (fill().groups([1 << 16, 1, 1]), "max_compute_workgroups_per_dimension"),
+            (Launch::new("elementwise", "scale").read("input", &values), "lacks"),
+            (Launch::new("elementwise", "column").read("nothing", &values), "no buffer `nothing`"),
+        ] {
+            let error = engine.launch(launch).unwrap_err().to_string();
+            assert!(error.contains(expected), "no `{expected}` in: {error}");
+        }
+        device.submit().unwrap();
     }
 }

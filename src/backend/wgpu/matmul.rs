@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch};
+use super::engine::{Bindable, Engine, Launch, Matrices, Scratch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::backend::operations::{Activation, MatMul};
+use crate::backend::philox::{philox, uniform};
 use crate::error::DType;
 
 /// Elements of a workgroup that finishes.
@@ -14,6 +15,9 @@ const GROUP: usize = 256;
 const SHORTEST_PART: usize = 128;
 /// Values of the partial products of one product: 32 MiB at most.
 const MOST_PARTIAL: usize = 8 << 20;
+
+/// Multiplications from which on a product takes longer than finding the largest magnitudes of its matrices.
+const LARGE_PRODUCT: usize = 1 << 28;
 
 /// A matrix that is part of a buffer.
 #[derive(Clone, Copy)]
@@ -82,10 +86,61 @@ pub(super) struct Product<'a> {
     pub(super) finish: Finish<'a>,
 }
 
-/// Rows and columns of a tile: large ones read less, small ones are more.
+/// Rows and columns of a tile. Large ones read less for each product; small ones are more, and keep a device busy that
+/// has hundreds of units. A software driver has few, and is faster with large ones by half.
 pub(super) fn tile_size(engine: &Engine, rows: usize, columns: usize) -> usize {
-    let large = rows.div_ceil(128) * columns.div_ceil(128);
-    if engine.is_hardware() && large >= engine.enough_groups() { 128 } else { 64 }
+    let tiles = rows.div_ceil(128) * columns.div_ceil(128);
+    let enough = if engine.is_hardware() { tiles >= engine.enough_groups() } else { rows > 64 && columns > 64 };
+    if enough { 128 } else { 64 }
+}
+
+/// Whether a product is computed with cooperative matrices: where the device has them and it is large enough to pay for
+/// finding the largest magnitudes first.
+pub(super) fn uses_matrices(engine: &Engine, (m, n, k): (usize, usize, usize)) -> bool {
+    match engine.matrices {
+        Matrices::None => false,
+        Matrices::Cooperative => m >= 128 && n >= 64 && m * n * k >= LARGE_PRODUCT,
+        // To test it.
+        Matrices::Emulated => m * n * k > 0,
+    }
+}
+
+/// The largest magnitudes of both matrices of a product.
+fn largest_magnitudes(
+    engine: &Engine,
+    product: &Product<'_>,
+    rows: &Range<usize>,
+    inner: &Range<usize>,
+) -> Result<Scratch> {
+    let largest = engine.scratch(2, DType::U32)?;
+    engine.launch(
+        Launch::new("elementwise", "fill")
+            .write("output", &largest)
+            .size("output_base", 0)
+            .float("value", 0.0)
+            .size("count", 2)
+            .row_of_groups(1),
+    )?;
+    let columns = 0..product.extents.1;
+    for (which, (operand, rows, columns)) in
+        [(product.a, rows, inner), (product.b, inner, &columns)].into_iter().enumerate()
+    {
+        let (stored_rows, stored_columns) =
+            if operand.transposed { (columns.len(), rows.len()) } else { (rows.len(), columns.len()) };
+        let mut launch = Launch::new("matmul", "largest_magnitudes")
+            .read_part("a", operand.buffer, operand.range(rows, columns), "a_base")
+            .write("largest", &largest)
+            .size("rows", stored_rows)
+            .size("columns", stored_columns)
+            .size("a_stride", operand.stride)
+            .size("which", which)
+            .groups([stored_columns.div_ceil(256), stored_rows.div_ceil(16), 1]);
+        if let Some((norms, range)) = operand.norms(rows, columns) {
+            launch = launch.flag("NORMS_A", true).read_part("norms_a", norms, range, "norms_a_base");
+        }
+        engine.launch(launch)?;
+    }
+    Ok(largest)
 }
 
 /// Adds parameters and buffers of what happens to a product.
@@ -102,8 +157,14 @@ fn finishing<'a>(launch: Launch<'a>, finish: Finish<'a>, columns: usize, rows: &
     }
 }
 
-/// Runs a product, in pieces where its matrices are larger than a binding.
+/// Runs a product.
 pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
+    let matrices = if uses_matrices(engine, product.extents) { engine.matrices } else { Matrices::None };
+    in_pieces(engine, product, matrices)
+}
+
+/// Runs a product, in pieces where its matrices are larger than a binding.
+fn in_pieces(engine: &Engine, product: &Product<'_>, matrices: Matrices) -> Result<()> {
     let (m, n, k) = product.extents;
     if m == 0 || n == 0 {
         return Ok(());
@@ -138,7 +199,7 @@ pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
             // Earlier pieces are added to; bias and activation would have to come last, but what has them is never
             // stored by inner places.
             let accumulate = product.output.accumulate || piece > 0;
-            one_piece(engine, product, &output, of_rows.clone(), of_inner, accumulate)?;
+            one_piece(engine, product, matrices, &output, of_rows.clone(), of_inner, accumulate)?;
         }
     }
     Ok(())
@@ -147,6 +208,7 @@ pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
 fn one_piece(
     engine: &Engine,
     product: &Product<'_>,
+    matrices: Matrices,
     output: &Operand<'_>,
     rows: Range<usize>,
     inner: Range<usize>,
@@ -155,7 +217,11 @@ fn one_piece(
     let Product { a, b, finish, .. } = *product;
     let (m, n, k) = (rows.len(), product.extents.1, inner.len());
     let columns = 0..n;
-    let tile = tile_size(engine, m, n);
+    let largest = match matrices {
+        Matrices::None => None,
+        _ => Some(largest_magnitudes(engine, product, &rows, &inner)?),
+    };
+    let tile = if largest.is_some() { 128 } else { tile_size(engine, m, n) };
     let tiles = [n.div_ceil(tile), m.div_ceil(tile)];
     let parts = (engine.enough_groups() / (tiles[0] * tiles[1]).max(1))
         .min(k / SHORTEST_PART)
@@ -170,8 +236,12 @@ fn one_piece(
     };
     let part = k.div_ceil(parts).next_multiple_of(16);
     let parts = k.div_ceil(part).max(1);
-    let mut launch = Launch::new("matmul", entry)
-        .constant("TILE", tile as u32)
+    let launch = Launch::new("matmul", entry);
+    let mut launch = match &largest {
+        Some(largest) => launch.constant("MATRICES", matrices as u32).read("largest", largest),
+        None => launch.constant("TILE", tile as u32),
+    };
+    launch = launch
         .flag("TRANSPOSE_A", a.transposed)
         .flag("TRANSPOSE_B", b.transposed)
         .read_part("a", a.buffer, a.range(&rows, &inner), "a_base")
@@ -231,4 +301,50 @@ pub(super) fn forward(engine: &Engine, arguments: MatMul<'_>) -> Result<()> {
             finish: Finish { log_scale: None, bias, gelu, kept: kept.as_deref() },
         },
     )
+}
+
+/// Whether cooperative matrices give what ordinary arithmetic gives on this device. What is experimental in wgpu, and
+/// new in drivers, is tried before it is trusted.
+pub(super) fn matrices_hold(engine: &Engine, matrices: Matrices) -> Result<bool> {
+    // No multiples of a tile, several steps and several workgroups.
+    const EXTENTS: (usize, usize, usize) = (150, 203, 77);
+    let (m, n, k) = EXTENTS;
+    let uploaded = |count: usize, seed: u32| -> Result<Scratch> {
+        let words = |i| philox([i as u32, 0, 0, 0], [seed, 0])[0];
+        let values: Vec<f32> = (0..count).map(|i| uniform(words(i)) - 0.5).collect();
+        let buffer = engine.scratch(count, DType::F32)?;
+        engine.write(&buffer, bytemuck::cast_slice(&values))?;
+        Ok(buffer)
+    };
+    for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        let (a, b) = (uploaded(m * k, 1)?, uploaded(k * n, 2)?);
+        let operand = |buffer, transposed, rows: usize, columns: usize| Operand {
+            buffer,
+            first: 0,
+            stride: if transposed { rows } else { columns },
+            transposed,
+            norms: None,
+        };
+        let run = |matrices| -> Result<Vec<f32>> {
+            let output = engine.scratch(m * n, DType::F32)?;
+            let product = Product {
+                a: operand(&a, transpose_a, m, k),
+                b: operand(&b, transpose_b, k, n),
+                extents: EXTENTS,
+                output: Output { buffer: &output, first: 0, stride: n, accumulate: false },
+                finish: Finish::default(),
+            };
+            in_pieces(engine, &product, matrices)?;
+            let mut values = vec![0.0f32; m * n];
+            engine.read(&output, bytemuck::cast_slice_mut(&mut values))?;
+            Ok(values)
+        };
+        let (expected, found) = (run(Matrices::None)?, run(matrices)?);
+        // Sums of 77 products of at most 1/4, good to a few units in the last place of their size.
+        let holds = expected.iter().zip(&found).all(|(expected, found)| (expected - found).abs() < 2e-6);
+        if !holds {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

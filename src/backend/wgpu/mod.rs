@@ -4,17 +4,33 @@
 //! [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
+//!
+//! [`Wgpu`] computes on a caller's own device, buffers and encoder, too; the crate `wgpu` is
+//! [`nearfar::wgpu`](crate::wgpu).
 
+mod adamw;
 mod adapter;
 mod aggregate;
+mod attention;
+#[cfg(all(test, feature = "train"))]
+mod browser;
 mod buffer;
+mod cache;
+mod caller;
 mod cast;
+mod dropout;
 mod elementwise;
+mod embedding;
 mod engine;
 mod gelu;
 mod l2_norm;
+mod layer_norm;
 mod matmul;
+mod merge_statistics;
 mod pair_scores;
+mod partition;
+mod pipeline;
+mod pooling;
 mod positives;
 mod prefix_norms;
 mod reduce;
@@ -22,6 +38,9 @@ mod row_function;
 mod row_sweep;
 mod rows;
 mod shader;
+mod similarity_sweep;
+#[cfg(test)]
+mod small_bindings;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -32,8 +51,8 @@ use ::wgpu;
 use super::{Backend, Buffer, Device, Tensor, operations};
 use crate::Result;
 use crate::error::DType;
-use adapter::{Request, Settings};
-use buffer::Pool;
+use adapter::Request;
+pub use adapter::Settings;
 use engine::Engine;
 
 /// A device of wgpu.
@@ -50,6 +69,14 @@ impl fmt::Debug for Wgpu {
 
 macro_rules! delegate {
     ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
         $(
             fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
                 $module::$function(&self.engine, arguments)
@@ -80,12 +107,16 @@ impl Backend for Wgpu {
         false
     }
 
-    fn prefers_one_way(&self, _: usize) -> bool {
-        false
-    }
-
     fn submit(&self) -> Result<()> {
         self.engine.submit()
+    }
+
+    fn properties(&self) -> Vec<(&'static str, String)> {
+        adapter::properties(&self.info, &self.engine.device, self.engine.settings)
+    }
+
+    fn guard_violations(&self) -> usize {
+        self.engine.guard_violations()
     }
 
     fn held_bytes(&self) -> Option<usize> {
@@ -93,18 +124,17 @@ impl Backend for Wgpu {
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Arc<dyn Buffer>> {
-        let bytes = elements * dtype.size();
-        Ok(Arc::new(Pool::allocate(&self.engine.pool, bytes, self.engine.limits.max_buffer_size)?))
+        Ok(Arc::new(self.engine.allocate(elements, dtype)?))
     }
 
     fn upload(&self, bytes: &[u8], tensor: &mut Tensor) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.upload(bytes, raw)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.upload(bytes, buffer, 0)
     }
 
     fn download(&self, tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
-        let raw = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
-        self.engine.download(raw, bytes)
+        let buffer = buffer::raw(tensor.buffer()).ok_or_else(|| self.engine.broken("a tensor of another backend"))?;
+        self.engine.download(buffer, bytes)
     }
 
     delegate! {
@@ -118,11 +148,25 @@ impl Backend for Wgpu {
         column_sum(ColumnSum) => reduce::column_sum;
         matmul(MatMul) => matmul::forward;
         gelu_backward(GeluBackward) => gelu::backward;
+        dropout(DropoutInPlace) => dropout::forward;
+        layer_norm_forward(LayerNormForward) => layer_norm::forward;
+        layer_norm_backward(LayerNormBackward) => layer_norm::backward;
+        embedding_forward(EmbeddingForward) => embedding::forward;
+        embedding_backward(EmbeddingBackward) => embedding::backward;
+        attention_forward(AttentionForward) => attention::forward;
+        attention_backward(AttentionBackward) => attention::backward;
+        pooling_forward(PoolingForward) => pooling::forward;
+        pooling_backward(PoolingBackward) => pooling::backward;
         l2_norm_forward(L2NormForward) => l2_norm::forward;
         l2_norm_backward(L2NormBackward) => l2_norm::backward;
         l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
         positives_forward(PositivesForward) => positives::forward;
         positives_backward(PositivesBackward) => positives::backward;
+        similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
+        similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
+        similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
+        merge_statistics(MergeStatistics) => merge_statistics::forward;
+        partition(Partition) => partition::forward;
         prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
         prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
         column(Column) => elementwise::column;
@@ -130,6 +174,7 @@ impl Backend for Wgpu {
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
         row_sweep(RowSweep) => row_sweep::forward_backward;
         aggregate(AggregateRows) => aggregate::forward;
+        adamw(AdamW) => adamw::step;
         pair_scores(PairScores) => pair_scores::forward;
     }
 }
@@ -149,7 +194,7 @@ fn opened(request: Request) -> Result<Device> {
 
 /// The device of a name, if the name is one of this backend's.
 pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
-    name.parse::<Request>().ok().map(opened)
+    Request::named(name).map(|request| request.and_then(opened))
 }
 
 /// All devices that can be opened.
@@ -158,8 +203,8 @@ pub(super) fn available() -> Vec<Device> {
     requests.filter_map(|request| opened(request).ok()).collect()
 }
 
-/// The first device that is hardware of its own.
-pub(super) fn hardware() -> Option<Device> {
+/// The first device that is hardware of its own, if there is one.
+pub fn hardware() -> Option<Result<Device>> {
     let index = adapter::adapters().iter().position(adapter::is_hardware)?;
-    opened(Request { index, settings: Settings::default() }).ok()
+    Some(opened(Request { index, settings: Settings::default() }))
 }

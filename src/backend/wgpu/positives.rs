@@ -1,31 +1,44 @@
 //! Launches of `shaders/positives.wgsl`.
 
-use super::engine::{Engine, Launch};
+use super::engine::{Bindable, Engine, Launch};
 use super::rows::{ROWS, elements_of};
 use crate::Result;
+use crate::backend::Tensor;
 use crate::backend::operations::{PositivesBackward, PositivesForward};
 
 /// Rows of a workgroup where each is one number.
 const GROUP: usize = 256;
 
-pub(super) fn forward(engine: &Engine, arguments: PositivesForward<'_>) -> Result<()> {
-    let PositivesForward { queries, documents, norms, similarity } = arguments;
-    let (rows, width) = (queries.shape().rows(), queries.shape().width());
+/// `output[row] = a[row] · b[row]` of matrices of some rows and width, each row times its norm if there are norms.
+pub(super) fn row_products<T: Bindable + ?Sized>(
+    engine: &Engine,
+    a: &Tensor,
+    b: &Tensor,
+    norms: Option<(&Tensor, &Tensor)>,
+    (rows, width): (usize, usize),
+    output: &T,
+) -> Result<()> {
     for part in engine.parts(rows, width) {
         let mut launch = Launch::new("positives", "forward")
-            .read_part("queries", queries, elements_of(&part, width), "queries_base")
-            .read_part("documents", documents, elements_of(&part, width), "documents_base")
-            .write("similarity", &*similarity)
+            .read_part("queries", a, elements_of(&part, width), "queries_base")
+            .read_part("documents", b, elements_of(&part, width), "documents_base")
+            .write("similarity", output)
             .size("count", part.len())
             .size("width", width)
             .size("first_row", part.start)
             .row_of_groups(part.len().div_ceil(ROWS));
-        if let Some((of_queries, of_documents)) = norms {
-            launch = launch.flag("NORMS", true).read("query_norms", of_queries).read("document_norms", of_documents);
+        if let Some((of_a, of_b)) = norms {
+            launch = launch.flag("NORMS", true).read("query_norms", of_a).read("document_norms", of_b);
         }
         engine.launch(launch)?;
     }
     Ok(())
+}
+
+pub(super) fn forward(engine: &Engine, arguments: PositivesForward<'_>) -> Result<()> {
+    let PositivesForward { queries, documents, norms, similarity } = arguments;
+    let size = (queries.shape().rows(), queries.shape().width());
+    row_products(engine, queries, documents, norms, size, &*similarity)
 }
 
 pub(super) fn backward(engine: &Engine, arguments: PositivesBackward<'_>) -> Result<()> {

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// How many want buffers guarded.
 static WANTED: AtomicUsize = AtomicUsize::new(0);
 
-/// What the bytes behind a guarded buffer hold.
-const PATTERN: u8 = 0xA5;
+/// What the bytes behind a guarded buffer hold: as f32 a number so large, 8·10³⁷, that a result shows who has read it.
+pub(super) const PATTERN: u8 = 0x7E;
 
-/// While it lives, new buffers of the CPU end with guard words.
+/// While it lives, new buffers of backends that can do so end with guard words.
 #[derive(Debug)]
 pub(crate) struct Guards(());
 

@@ -1,0 +1,49 @@
+//! Launches of `shaders/pooling.wgsl`.
+
+use super::engine::{Engine, Launch};
+use super::rows::{COLUMNS, elements_of};
+use crate::Result;
+use crate::backend::operations::{Pooling, PoolingBackward, PoolingForward};
+
+pub(super) fn forward(engine: &Engine, arguments: PoolingForward<'_>) -> Result<()> {
+    let PoolingForward { input, offsets, pooling, output } = arguments;
+    let (sequences, width) = (output.shape().rows(), output.shape().width());
+    let columns = width.div_ceil(COLUMNS);
+    for part in engine.parts(input.shape().rows(), width) {
+        engine.launch(
+            Launch::new("pooling", "forward")
+                .flag("CLS", pooling == Pooling::Cls)
+                .flag("ACCUMULATE", part.start > 0)
+                .read("offsets", offsets)
+                .read_part("input", input, elements_of(&part, width), "input_base")
+                .write("output", &*output)
+                .size("first_row", part.start)
+                .size("count", part.len())
+                .size("width", width)
+                .size("columns", columns)
+                .row_of_groups(sequences * columns),
+        )?;
+    }
+    Ok(())
+}
+
+pub(super) fn backward(engine: &Engine, arguments: PoolingBackward<'_>) -> Result<()> {
+    let PoolingBackward { upstream, offsets, pooling, d_input } = arguments;
+    let (sequences, width) = (upstream.shape().rows(), upstream.shape().width());
+    let columns = width.div_ceil(COLUMNS);
+    for part in engine.parts(d_input.shape().rows(), width) {
+        engine.launch(
+            Launch::new("pooling", "backward")
+                .flag("CLS", pooling == Pooling::Cls)
+                .read("offsets", offsets)
+                .read("upstream", upstream)
+                .write_part("d_input", &*d_input, elements_of(&part, width), "d_input_base")
+                .size("first_row", part.start)
+                .size("count", part.len())
+                .size("width", width)
+                .size("columns", columns)
+                .row_of_groups(sequences * columns),
+        )?;
+    }
+    Ok(())
+}
