@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use assert_cmd::cargo::cargo_bin;
+use nearfar::backend::OPERATIONS;
 use nearfar::objective::scores::SCORE_PRESETS;
 use nearfar::objective::{PRESETS, SETTINGS, table};
 use nearfar::{Objective, ScoreObjective};
@@ -25,6 +26,32 @@ fn the_committed_document_is_the_generated_one() {
         "docs/objectives.md is not what the code says; run: cargo run -- objectives --markdown > docs/objectives.md"
     );
     assert_eq!(stdout(&["objectives", "--markdown"]), table());
+}
+
+/// What stands in the README between `<!-- support -->` and `<!-- end -->`.
+#[cfg(feature = "wgpu")]
+#[test]
+fn the_support_table_is_the_generated_one() {
+    let generated = nearfar::backend::support_table();
+    let readme = read("README.md");
+    let table = readme.split_once("<!-- support -->\n").and_then(|(_, rest)| rest.split_once("<!-- end -->"));
+    assert_eq!(
+        table.map(|(table, _)| table.trim()),
+        Some(generated.trim()),
+        "the table in README.md is not what the code says; it is what `cargo run -- devices --support` prints"
+    );
+    assert_eq!(stdout(&["devices", "--support"]), generated);
+}
+
+/// Objectives are computed by the backends that can do all operations.
+#[test]
+fn objectives_run_where_the_document_says() {
+    let document = table();
+    for (name, supported) in nearfar::backend::backends() {
+        let missing: Vec<_> = OPERATIONS.iter().filter(|operation| !supported.contains(operation)).collect();
+        let said = document.contains("| definition, cpu, wgpu |") || name == "cpu";
+        assert_eq!(missing.is_empty(), said, "{name} cannot do {missing:?}, and src/objective/table.rs says otherwise");
+    }
 }
 
 #[test]

@@ -250,21 +250,39 @@ fn a_lost_device_is_an_error_everywhere() {
     lost("record", Wgpu::record(&device, &mut encoder, || device.tensor(&[1.0f32], [1])));
 }
 
+/// Runs the test below in a process that may take 12 GB, not all of which can be had for buffers.
+#[cfg(unix)]
 #[test]
 fn memory_that_is_not_there_is_an_error() {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
-    // No buffer may be made when more than none of the memory would be in use.
-    descriptor.memory_budget_thresholds.for_resource_creation = Some(0);
-    let instance = wgpu::Instance::new(descriptor);
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
-    let Some(adapter) = adapters.first() else { return println!("skipped: there is no adapter") };
-    let opened = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()));
-    let (device, queue) = opened.unwrap();
-    match Wgpu::from_device("own", device, queue) {
-        Err(Error::OutOfMemory { device, bytes }) => assert!(device.starts_with("own (") && bytes > 0, "{device}"),
-        Ok(_) => println!("skipped: the adapter does not tell how much memory there is"),
-        Err(error) => panic!("{error}"),
+    if open(Settings::default()).is_none() {
+        return;
     }
+    let limited = "ulimit -v 12000000 && exec \"$0\" --exact memory_is_taken_until_there_is_none --ignored --nocapture";
+    let program = std::env::current_exe().unwrap();
+    let output = std::process::Command::new("sh").args(["-c", limited]).arg(program).output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}{stderr}");
+}
+
+#[test]
+#[ignore = "takes all memory; is run by the test above, with a limit"]
+fn memory_is_taken_until_there_is_none() {
+    let Some(device) = open(Settings::default()) else { return };
+    if raw(&device).device().adapter_info().device_type != wgpu::DeviceType::Cpu {
+        return println!("skipped: the memory of hardware is not this process's");
+    }
+    const QUARTER_OF_A_GIB: usize = 1 << 28;
+    let mut taken = Vec::new();
+    let error = loop {
+        match device.empty([QUARTER_OF_A_GIB / 4], DType::F32) {
+            Ok(tensor) => taken.push(tensor),
+            Err(error) => break error,
+        }
+        assert!(taken.len() < 64, "more memory than there may be");
+    };
+    assert!(matches!(error, Error::OutOfMemory { bytes: QUARTER_OF_A_GIB, .. }), "{error}");
+    // The device goes on.
+    assert_eq!(device.tensor(&[2.5f32], [1]).unwrap().to_scalar().unwrap(), 2.5);
 }
 
 /// All rows of the table; with WebGPU's default limits and every index checked those that do not take long.

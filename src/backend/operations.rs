@@ -1313,6 +1313,10 @@ pub struct RowSweep<'a> {
     pub hard_negative_offsets: Option<&'a Tensor>,
     /// u32 (N + 1): where each pair's hard queries begin.
     pub hard_query_offsets: Option<&'a Tensor>,
+    /// The largest number of hard negatives that one pair has, so that nobody has to read the offsets for it.
+    pub most_hard_negatives: usize,
+    /// The largest number of hard queries that one pair has.
+    pub most_hard_queries: usize,
     /// For [`Positives::Listed`](crate::objective::Positives::Listed).
     pub positives: Option<PositiveTensors<'a>>,
     /// f32 (N, C), for [`Target::Scores`](crate::objective::Target::Scores).

@@ -201,7 +201,7 @@ impl Expected {
 }
 
 /// The tensors of a run: what was read and what came out, the latter in the order of what is expected.
-struct Ran {
+pub(crate) struct Ran {
     inputs: Vec<Vec<u32>>,
     outputs: Vec<Vec<f32>>,
 }
@@ -267,7 +267,7 @@ impl Case {
         }
     }
 
-    fn on_device(&self, device: &Device) -> Result<Ran> {
+    pub(crate) fn on_device(&self, device: &Device) -> Result<Ran> {
         match &self.kind {
             Kind::Loss(case) => case.on_device(device),
             Kind::Scores(case) => case.on_device(device),

@@ -129,6 +129,8 @@ struct RelationTensors {
     segments: Option<Tensor>,
     hard_negative_offsets: Tensor,
     hard_query_offsets: Tensor,
+    most_hard_negatives: usize,
+    most_hard_queries: usize,
     positives: Option<(Tensor, Tensor, Option<Tensor>)>,
 }
 
@@ -145,12 +147,17 @@ impl RelationTensors {
         } else {
             None
         };
+        let negatives = offsets_or_even(relations.hard_negative_offsets, n, negatives);
+        let queries = offsets_or_even(relations.hard_query_offsets, n, queries);
+        let most = |offsets: &[u32]| offsets.windows(2).map(|ends| (ends[1] - ends[0]) as usize).max().unwrap_or(0);
         Ok(Self {
             ids: keys(relations.ids)?,
             labels: keys(relations.labels)?,
             segments,
-            hard_negative_offsets: upload(&offsets_or_even(relations.hard_negative_offsets, n, negatives))?,
-            hard_query_offsets: upload(&offsets_or_even(relations.hard_query_offsets, n, queries))?,
+            hard_negative_offsets: upload(&negatives)?,
+            hard_query_offsets: upload(&queries)?,
+            most_hard_negatives: most(&negatives),
+            most_hard_queries: most(&queries),
             positives: match relations.positives {
                 Some(list) => Some((
                     upload(list.offsets)?,
@@ -577,6 +584,8 @@ impl<'a> Run<'a> {
             segments: relations.segments.as_ref(),
             hard_negative_offsets: Some(&relations.hard_negative_offsets),
             hard_query_offsets: Some(&relations.hard_query_offsets),
+            most_hard_negatives: relations.most_hard_negatives,
+            most_hard_queries: relations.most_hard_queries,
             positives: match (&relations.positives, setting.objective.positives_kind()) {
                 (Some((offsets, candidates, weights)), Positives::Listed) => {
                     Some(PositiveTensors { offsets, candidates, weights: weights.as_ref() })

@@ -696,23 +696,23 @@ pub(super) fn forward_backward(arguments: RowSweep<'_>) -> Result<()> {
         keys("hard_query_offsets", arguments.hard_query_offsets)?,
         None,
     ];
+    let most = [1, 1, arguments.most_hard_negatives, arguments.most_hard_queries, 0];
     let mut places: Vec<Place<'_>> = Vec::new();
     let mut stride = 0;
     for &block in &partition.blocks {
         let (anchors, candidates) = (here[side_of_tower(block.anchor)], here[side_of(block.candidates)]);
         let (Some(anchors), Some(candidates)) = (anchors, candidates) else { continue };
-        let offsets = offsets[side_of(block.candidates)];
+        let (offsets, most) = (offsets[side_of(block.candidates)], most[side_of(block.candidates)]);
         if let Some(offsets) = offsets {
             let rise = offsets.is_sorted() && offsets.first() == Some(&0);
-            if !rise || offsets.last().map(|&last| last as usize) != Some(candidates.count) {
-                let reason = format!("must rise from 0 to {}", candidates.count);
+            let ends = rise && offsets.last().map(|&last| last as usize) == Some(candidates.count);
+            if !ends || offsets.windows(2).any(|pair| (pair[1] - pair[0]) as usize > most) {
+                let reason = format!("must rise from 0 to {} by at most {most}", candidates.count);
                 return Err(Error::value(OPERATION, "offsets", reason));
             }
         }
         let width = match (block.scope, offsets) {
-            (Scope::Own, Some(offsets)) => {
-                offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0)
-            }
+            (Scope::Own, Some(_)) => most,
             (Scope::Own, None) => 1,
             _ => candidates.count,
         };

@@ -6,6 +6,8 @@
 //! What is recorded between the beginning and the end of [`Engine::record`] goes into a caller's own encoder instead.
 //! Nobody knows when that runs, so its parameters and uploads have buffers of their own, and so has the [`Pool`].
 
+#[cfg(test)]
+use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -143,6 +145,37 @@ pub(super) struct Engine {
     params_buffer: wgpu::Buffer,
     pub(super) profile: Option<Profile>,
     record: Mutex<Record>,
+    #[cfg(test)]
+    trace: Mutex<Trace>,
+}
+
+/// Launches to be repeated elsewhere: of each permutation the one that binds the fewest bytes.
+#[cfg(test)]
+#[derive(Default)]
+struct Trace {
+    /// Launches that bind more bytes than this are not looked at; by default none is.
+    largest: usize,
+    launches: HashMap<Permutation, Traced>,
+}
+
+/// A launch, and what it has read and written.
+#[cfg(test)]
+#[derive(Debug, Clone)]
+pub(super) struct Traced {
+    pub(super) params: Vec<u8>,
+    pub(super) groups: [u32; 3],
+    pub(super) bindings: Vec<TracedBinding>,
+    bytes: usize,
+}
+
+#[cfg(test)]
+#[derive(Debug, Clone)]
+pub(super) struct TracedBinding {
+    pub(super) name: &'static str,
+    pub(super) number: u32,
+    pub(super) before: Vec<u8>,
+    /// Of what is written.
+    pub(super) after: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -191,6 +224,8 @@ impl Engine {
             params_buffer,
             profile,
             record: Mutex::default(),
+            #[cfg(test)]
+            trace: Mutex::default(),
         };
         if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
             engine.matrices = Matrices::None;
@@ -318,6 +353,8 @@ impl Engine {
         if launch.params.len() != pipeline.params.len() {
             return Err(self.broken(format!("{permutation} has no room for all of its parameters")));
         }
+        #[cfg(test)]
+        let mut traced = self.before(&launch, &pipeline, &params)?;
         let mut record = lock(&self.record);
         let (params_buffer, at) = self.push_params(&mut record, &params)?;
         let mut entries = Vec::with_capacity(pipeline.bindings.len() + 1);
@@ -363,6 +400,11 @@ impl Engine {
             entries: &entries,
         });
         record.commands.push(Command::Launch { pipeline, bind_group, params: at, groups: launch.groups });
+        #[cfg(test)]
+        {
+            drop(record);
+            self.after(&launch, traced.take())?;
+        }
         Ok(())
     }
 
@@ -436,6 +478,10 @@ impl Engine {
 
     /// Waits for everything asked for and copies bytes to the host.
     pub(super) fn download(&self, from: &WgpuBuffer, bytes: &mut [u8]) -> Result<()> {
+        self.download_from(from, 0, bytes)
+    }
+
+    fn download_from(&self, from: &WgpuBuffer, from_offset: u64, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return self.submit();
         }
@@ -455,7 +501,7 @@ impl Engine {
         };
         record.commands.push(Command::Copy {
             from: from.raw().clone(),
-            from_offset: 0,
+            from_offset,
             to: staging.clone(),
             to_offset: 0,
             bytes: size,
@@ -651,6 +697,54 @@ impl Engine {
         if let Some(profile) = profile {
             profile.resolve(launches, encoder);
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Engine {
+    /// From now on keeps launches that bind so many bytes at most.
+    pub(super) fn trace(&self, largest: usize) {
+        lock(&self.trace).largest = largest;
+    }
+
+    /// What was kept.
+    pub(super) fn traced(&self) -> HashMap<Permutation, Traced> {
+        lock(&self.trace).launches.clone()
+    }
+
+    fn read_bound(&self, bound: &Bound<'_>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; bound.bytes as usize];
+        self.download_from(bound.buffer, bound.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// What a launch binds, if it is to be kept.
+    fn before(&self, launch: &Launch<'_>, pipeline: &Pipeline, params: &[u8; PARAMS_STRIDE]) -> Result<Option<Traced>> {
+        let bytes = launch.bound.iter().map(|bound| bound.bytes as usize).sum();
+        let trace = lock(&self.trace);
+        if bytes > trace.largest || trace.launches.get(&launch.permutation).is_some_and(|kept| kept.bytes <= bytes) {
+            return Ok(None);
+        }
+        drop(trace);
+        let mut bindings = Vec::new();
+        for bound in &launch.bound {
+            let number = pipeline.bindings.iter().find(|binding| binding.name == bound.name).map(|found| found.number);
+            let before = self.read_bound(bound)?;
+            bindings.push(TracedBinding { name: bound.name, number: number.unwrap_or(0), before, after: None });
+        }
+        let size = if pipeline.params.is_empty() { 0 } else { (4 * pipeline.params.len()).next_multiple_of(16) };
+        Ok(Some(Traced { params: params[..size].to_vec(), groups: launch.groups, bindings, bytes }))
+    }
+
+    fn after(&self, launch: &Launch<'_>, traced: Option<Traced>) -> Result<()> {
+        let Some(mut traced) = traced else { return Ok(()) };
+        for (bound, binding) in launch.bound.iter().zip(&mut traced.bindings) {
+            if bound.writes {
+                binding.after = Some(self.read_bound(bound)?);
+            }
+        }
+        lock(&self.trace).launches.insert(launch.permutation.clone(), traced);
         Ok(())
     }
 }

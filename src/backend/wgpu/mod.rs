@@ -10,7 +10,10 @@
 
 mod adamw;
 mod adapter;
+mod aggregate;
 mod attention;
+#[cfg(all(test, feature = "train"))]
+mod browser;
 mod buffer;
 mod cache;
 mod caller;
@@ -24,6 +27,7 @@ mod l2_norm;
 mod layer_norm;
 mod matmul;
 mod merge_statistics;
+mod pair_scores;
 mod partition;
 mod pipeline;
 mod pooling;
@@ -31,6 +35,8 @@ mod positives;
 mod prefix_norms;
 mod profile;
 mod reduce;
+mod row_function;
+mod row_sweep;
 mod rows;
 mod shader;
 mod similarity_sweep;
@@ -172,7 +178,10 @@ impl Backend for Wgpu {
         column(Column) => elementwise::column;
         clamp(Clamp) => elementwise::clamp;
         clamp_backward(ClampBackward) => elementwise::clamp_backward;
+        row_sweep(RowSweep) => row_sweep::forward_backward;
+        aggregate(AggregateRows) => aggregate::forward;
         adamw(AdamW) => adamw::step;
+        pair_scores(PairScores) => pair_scores::forward;
     }
 }
 

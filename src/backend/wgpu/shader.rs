@@ -31,6 +31,7 @@ macro_rules! sources {
 
 sources! {
     "adamw",
+    "aggregate",
     "attention",
     "cast",
     "dropout",
@@ -41,11 +42,14 @@ sources! {
     "layer_norm",
     "matmul",
     "merge_statistics",
+    "pair_scores",
     "partition",
     "pooling",
     "positives",
     "prefix_norms",
     "reduce",
+    "row_function",
+    "row_sweep",
     "shared/columns",
     "shared/cooperative_tile",
     "shared/dropout",
@@ -294,39 +298,40 @@ pub(super) fn listed() -> Result<Vec<Listed>, String> {
     Ok(all)
 }
 
+/// Every permutation that the list allows.
+#[cfg(test)]
+pub(super) fn permutations() -> Vec<Permutation> {
+    let mut all = Vec::new();
+    for Listed { shader, entry, flags, constants } in listed().unwrap() {
+        let mut here = vec![Permutation { shader, entry, flags: Vec::new(), constants: Vec::new() }];
+        for flag in flags {
+            let with = here.clone().into_iter().map(|mut permutation| {
+                permutation.flags.push(flag);
+                permutation
+            });
+            let with: Vec<Permutation> = with.collect();
+            here.extend(with);
+        }
+        for (name, values) in constants {
+            here = here
+                .iter()
+                .flat_map(|permutation| {
+                    values.iter().map(move |&value| {
+                        let mut permutation = permutation.clone();
+                        permutation.constants.push((name, value));
+                        permutation
+                    })
+                })
+                .collect();
+        }
+        all.extend(here);
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Every permutation that the list allows.
-    fn permutations() -> Vec<Permutation> {
-        let mut all = Vec::new();
-        for Listed { shader, entry, flags, constants } in listed().unwrap() {
-            let mut here = vec![Permutation { shader, entry, flags: Vec::new(), constants: Vec::new() }];
-            for flag in flags {
-                let with = here.clone().into_iter().map(|mut permutation| {
-                    permutation.flags.push(flag);
-                    permutation
-                });
-                let with: Vec<Permutation> = with.collect();
-                here.extend(with);
-            }
-            for (name, values) in constants {
-                here = here
-                    .iter()
-                    .flat_map(|permutation| {
-                        values.iter().map(move |&value| {
-                            let mut permutation = permutation.clone();
-                            permutation.constants.push((name, value));
-                            permutation
-                        })
-                    })
-                    .collect();
-            }
-            all.extend(here);
-        }
-        all
-    }
 
     #[test]
     fn every_permutation_is_valid_and_says_its_interface() {
