@@ -1,8 +1,8 @@
 // Tries nearfar's shaders in headless Chromium's WebGPU. usage: node run.mjs FOLDER
 //
 // FOLDER holds what the test `export_for_the_browser` of src/backend/wgpu/browser.rs writes: shaders.json, every
-// permutation of every shader, all of which have to compile under WebGPU's default limits; and launches.json, one launch
-// of many of them, with everything that is bound before and after, which have to come to the same.
+// permutation of every shader, all of which the browser has to accept; and launches.json, one launch of many of them, with
+// everything that is bound before and after, which have to come to the same under WebGPU's default limits.
 
 import { createServer } from "node:http";
 import { readFile, mkdtemp, rm } from "node:fs/promises";
@@ -59,7 +59,7 @@ try {
         return { done, skipped };
     };
     const compiled = await inParts(shaders, 50, compileAll);
-    console.log(`${compiled.done} permutations compiled, ${seconds()} s`);
+    console.log(`${compiled.done} permutations are accepted, ${seconds()} s`);
     if (compiled.skipped.length > 0) {
         const features = [...new Set(compiled.skipped)].join(", ");
         console.log(`${compiled.skipped.length} need what this browser has not: ${features}`);

@@ -307,6 +307,7 @@ pub(super) fn permutations() -> Vec<Permutation> {
         for flag in flags {
             let with = here.clone().into_iter().map(|mut permutation| {
                 permutation.flags.push(flag);
+                permutation.flags.sort_unstable();
                 permutation
             });
             let with: Vec<Permutation> = with.collect();
@@ -319,6 +320,7 @@ pub(super) fn permutations() -> Vec<Permutation> {
                     values.iter().map(move |&value| {
                         let mut permutation = permutation.clone();
                         permutation.constants.push((name, value));
+                        permutation.constants.sort_unstable();
                         permutation
                     })
                 })
