@@ -5,11 +5,10 @@
 
 #import numerics
 
-// exp(−x²/2) and Φ(x)
-fn normal_distribution(x: f32) -> vec2<f32> {
+// exp(−x²/2), and what it is multiplied with to give Φ(−|x|).
+fn lower_tail(x: f32) -> vec2<f32> {
     // Beyond 14 all is 0 or 1 already, and the square stays a number.
     let distance = min(abs(x), 14.0);
-    let bell = exponential(-0.5 * distance * distance);
     let u = 1.0 / (0.35 * distance + 1.0);
     var p = -0.029146722 * u + 0.14397545;
     p = p * u - 0.25572178;
@@ -19,17 +18,20 @@ fn normal_distribution(x: f32) -> vec2<f32> {
     p = p * u + 0.119832344;
     p = p * u + 0.13986194;
     p = p * u + 0.1396214;
-    let tail = bell * u * p;
-    return vec2<f32>(bell, select(tail, 1.0 - tail, x > 0.0));
+    return vec2<f32>(exponential(-0.5 * distance * distance), u * p);
 }
 
+// In the lower tail Φ is below the normal numbers, which drivers may take for 0, where x · Φ(x) is not yet: the
+// exponential comes last.
 fn gelu(x: f32) -> f32 {
-    return x * normal_distribution(x).y;
+    let tail = lower_tail(x);
+    return select(x * tail.y * tail.x, x * (1.0 - tail.x * tail.y), x > 0.0);
 }
 
 // Φ(x) + x · φ(x)
 fn gelu_derivative(x: f32) -> f32 {
-    let normal = normal_distribution(x);
-    // 1 / √(2π)
-    return normal.y + x * 0.3989423 * normal.x;
+    let tail = lower_tail(x);
+    // φ(x) = exp(−x²/2) / √(2π)
+    let density = x * 0.3989423;
+    return select(tail.x * (tail.y + density), 1.0 + tail.x * (density - tail.y), x > 0.0);
 }

@@ -35,11 +35,6 @@ pub(super) struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// A whole tensor.
-    pub(super) fn of(tensor: &'a Tensor, transposed: bool) -> Self {
-        Self { buffer: tensor, first: 0, stride: tensor.shape().width(), transposed, norms: None }
-    }
-
     /// Of the elements (rows, columns) those of some rows and columns, in memory.
     fn range(&self, rows: &Range<usize>, columns: &Range<usize>) -> Range<usize> {
         let (rows, columns) = if self.transposed { (columns, rows) } else { (rows, columns) };
