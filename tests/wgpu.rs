@@ -285,7 +285,8 @@ fn memory_is_taken_until_there_is_none() {
     assert_eq!(device.tensor(&[2.5f32], [1]).unwrap().to_scalar().unwrap(), 2.5);
 }
 
-/// All rows of the table; with WebGPU's default limits and every index checked those that do not take long.
+/// All rows of the table; with WebGPU's default limits and every index checked only objectives and operations as they
+/// are, without further settings: what takes long is to compile the shaders of all others.
 #[test]
 fn the_first_adapter_conforms() {
     let mut strict = Settings::default();
@@ -294,7 +295,8 @@ fn the_first_adapter_conforms() {
         let Some(device) = open(settings) else { return };
         let (name, description) = (device.name(), device.description());
         let cases = conformance::cases();
-        let cases: Vec<&Case> = cases.iter().filter(|case| settings != strict || !case.is_slow()).collect();
+        let cases: Vec<&Case> =
+            cases.iter().filter(|case| settings != strict || !case.is_slow() && !case.name().contains('+')).collect();
         let (mut failing, mut worst) = (Vec::new(), (0.0, String::new()));
         let show = |case: &Case, outcome: Outcome| {
             match Verdict::of(&description, case.name(), &outcome) {

@@ -24,7 +24,7 @@ fn words(bytes: &[u8]) -> Vec<u32> {
 /// The type of a storage buffer's elements, as the shader declares it.
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let line = text.lines().find(|line| line.contains("var<storage") && line.contains(&format!("> {name}:")))?;
-    Some(line.split_once("array<")?.1.trim_end().trim_end_matches(';').strip_suffix('>')?)
+    line.split_once("array<")?.1.trim_end().trim_end_matches(';').strip_suffix('>')
 }
 
 fn launch(permutation: &Permutation, traced: &Traced) -> Value {
@@ -67,8 +67,7 @@ fn export_for_the_browser() {
         .collect();
     write(&folder.join("shaders.json"), &shaders.into());
 
-    let mut settings = Settings::default();
-    settings.default_limits = true;
+    let settings = Settings { default_limits: true, ..Settings::default() };
     let device = Device::new(Wgpu::open(0, settings).unwrap());
     let engine = &device.backend::<Wgpu>().unwrap().engine;
     engine.trace(LARGEST);

@@ -353,7 +353,7 @@ mod tests {
             assert!(invocations <= 256, "{permutation}: {invocations} invocations");
             let used = |handle: naga::Handle<naga::GlobalVariable>| !info.get_entry_point(entry)[handle].is_empty();
             let (mut storage, mut workgroup) = (0, 0);
-            for (handle, variable) in parsed.global_variables.iter().filter(|(handle, _)| used(*handle)) {
+            for (_, variable) in parsed.global_variables.iter().filter(|(handle, _)| used(*handle)) {
                 let layout = &parsed.types[variable.ty];
                 match variable.space {
                     naga::AddressSpace::Storage { access } => {
