@@ -1,8 +1,8 @@
 // A tile of a matrix product, 128 × 128, by cooperative matrices of 16-bit numbers with f32 sums, as exact as f32.
 //
-// Each value, scaled by a power of two, is the sum of two 16-bit numbers, high + low: 22 bits of it. A product of two
-// values is high·high + high·low + low·high; what is left out is below the rounding of f32. `scales` brings the largest
-// magnitude of each matrix to between 2^14 and 2^15, so that the low parts of all that matters are normal numbers.
+// Each value, scaled by a power of two, is the sum of two 16-bit numbers, high + low / 2^11: 22 bits of it. A product
+// of two values is high·high + (high·low + low·high) / 2^11; what is left out is below the rounding of f32. `scales`
+// brings the largest magnitude of each matrix to between 2^14 and 2^15: values down to 2^−50 of it are there.
 //
 // The interface is that of tile.wgsl: `left_values`, `right_values`, `prepare`, LEFT_BY_ROWS, RIGHT_BY_COLUMNS. The
 // importing file's `write_product` takes the elements. A subgroup of 32 invocations has 32 rows of 64 columns. With MATRICES 2
@@ -20,6 +20,8 @@ const STEP: u32 = 16u;
 const GROUPS: u32 = TILE / 4u;
 // From row to row of a matrix in workgroup memory; 8 more than needed, against conflicts of memory banks.
 const LINE: u32 = STEP + 8u;
+// What low parts are multiplied with.
+const LOW: f32 = 2048.0;
 
 var<workgroup> left_high: array<f16, TILE * LINE>;
 var<workgroup> left_low: array<f16, TILE * LINE>;
@@ -29,6 +31,7 @@ var<workgroup> right_low: array<f16, TILE * LINE>;
 var<workgroup> fragments: array<f32, 8u * 256u>;
 #else
 var<private> tile_products: array<vec4<f32>, 16>;
+var<private> tile_rests: array<vec4<f32>, 16>;
 #endif
 
 struct Places {
@@ -69,7 +72,7 @@ fn put_left(row: u32, k: u32, values: vec4<f32>) {
     for (var i = 0u; i < 4u; i++) {
         let high = f16(values[i]);
         left_high[(row + i) * LINE + k] = high;
-        left_low[(row + i) * LINE + k] = f16(values[i] - f32(high));
+        left_low[(row + i) * LINE + k] = f16((values[i] - f32(high)) * LOW);
     }
 }
 
@@ -77,7 +80,7 @@ fn put_right(column: u32, k: u32, values: vec4<f32>) {
     for (var i = 0u; i < 4u; i++) {
         let high = f16(values[i]);
         right_high[(column + i) * LINE + k] = high;
-        right_low[(column + i) * LINE + k] = f16(values[i] - f32(high));
+        right_low[(column + i) * LINE + k] = f16((values[i] - f32(high)) * LOW);
     }
 }
 
@@ -115,18 +118,28 @@ fn fill_tile(first_row: u32, first_column: u32, k: u32, end: u32, here: Places, 
 
 // Writes one fragment of each subgroup, whose first row and column are given.
 fn write_fragment(
-    fragment: coop_mat16x16<f32, C>,
+    products: coop_mat16x16<f32, C>,
+    rests: coop_mat16x16<f32, C>,
     row: u32,
     column: u32,
     factors: vec2<f32>,
     part: u32,
     subgroup: vec2<u32>,
 ) {
-    coopStoreT(fragment, &fragments[subgroup.x * 256u], 16u);
+    let first = subgroup.x * 256u;
+    var all: array<f32, 8>;
+    coopStoreT(rests, &fragments[first], 16u);
     workgroupBarrier();
-    for (var i = subgroup.y; i < 256u; i += 32u) {
-        let product = fragments[subgroup.x * 256u + i] * factors.x * factors.y;
-        write_product(product, row + i / 16u, column + i % 16u, part);
+    for (var i = 0u; i < 8u; i++) {
+        all[i] = fragments[first + 32u * i + subgroup.y] / LOW;
+    }
+    workgroupBarrier();
+    coopStoreT(products, &fragments[first], 16u);
+    workgroupBarrier();
+    for (var i = 0u; i < 8u; i++) {
+        let place = 32u * i + subgroup.y;
+        let product = (fragments[first + place] + all[i]) * factors.x * factors.y;
+        write_product(product, row + place / 16u, column + place % 16u, part);
     }
     workgroupBarrier();
 }
@@ -147,13 +160,21 @@ fn multiply_and_write_tile(
     let row = 32u * (subgroup.x / 2u);
     let column = 64u * (subgroup.x % 2u);
     var c00 = coop_mat16x16<f32, C>();
+    var r00 = coop_mat16x16<f32, C>();
     var c01 = coop_mat16x16<f32, C>();
+    var r01 = coop_mat16x16<f32, C>();
     var c02 = coop_mat16x16<f32, C>();
+    var r02 = coop_mat16x16<f32, C>();
     var c03 = coop_mat16x16<f32, C>();
+    var r03 = coop_mat16x16<f32, C>();
     var c10 = coop_mat16x16<f32, C>();
+    var r10 = coop_mat16x16<f32, C>();
     var c11 = coop_mat16x16<f32, C>();
+    var r11 = coop_mat16x16<f32, C>();
     var c12 = coop_mat16x16<f32, C>();
+    var r12 = coop_mat16x16<f32, C>();
     var c13 = coop_mat16x16<f32, C>();
+    var r13 = coop_mat16x16<f32, C>();
     for (var k = first; k < end; k += STEP) {
         fill_tile(first_row, first_column, k, end, here, of_matrices);
         let high0 = coopLoadT<coop_mat16x16<f16, A>>(&left_high[row * LINE], LINE);
@@ -163,32 +184,40 @@ fn multiply_and_write_tile(
 
         let high_b0 = coopLoad<coop_mat16x16<f16, B>>(&right_high[column * LINE], LINE);
         let low_b0 = coopLoad<coop_mat16x16<f16, B>>(&right_low[column * LINE], LINE);
-        c00 = coopMultiplyAdd(low0, high_b0, coopMultiplyAdd(high0, low_b0, coopMultiplyAdd(high0, high_b0, c00)));
-        c10 = coopMultiplyAdd(low1, high_b0, coopMultiplyAdd(high1, low_b0, coopMultiplyAdd(high1, high_b0, c10)));
+        c00 = coopMultiplyAdd(high0, high_b0, c00);
+        r00 = coopMultiplyAdd(low0, high_b0, coopMultiplyAdd(high0, low_b0, r00));
+        c10 = coopMultiplyAdd(high1, high_b0, c10);
+        r10 = coopMultiplyAdd(low1, high_b0, coopMultiplyAdd(high1, low_b0, r10));
         let high_b1 = coopLoad<coop_mat16x16<f16, B>>(&right_high[(column + 16u) * LINE], LINE);
         let low_b1 = coopLoad<coop_mat16x16<f16, B>>(&right_low[(column + 16u) * LINE], LINE);
-        c01 = coopMultiplyAdd(low0, high_b1, coopMultiplyAdd(high0, low_b1, coopMultiplyAdd(high0, high_b1, c01)));
-        c11 = coopMultiplyAdd(low1, high_b1, coopMultiplyAdd(high1, low_b1, coopMultiplyAdd(high1, high_b1, c11)));
+        c01 = coopMultiplyAdd(high0, high_b1, c01);
+        r01 = coopMultiplyAdd(low0, high_b1, coopMultiplyAdd(high0, low_b1, r01));
+        c11 = coopMultiplyAdd(high1, high_b1, c11);
+        r11 = coopMultiplyAdd(low1, high_b1, coopMultiplyAdd(high1, low_b1, r11));
         let high_b2 = coopLoad<coop_mat16x16<f16, B>>(&right_high[(column + 32u) * LINE], LINE);
         let low_b2 = coopLoad<coop_mat16x16<f16, B>>(&right_low[(column + 32u) * LINE], LINE);
-        c02 = coopMultiplyAdd(low0, high_b2, coopMultiplyAdd(high0, low_b2, coopMultiplyAdd(high0, high_b2, c02)));
-        c12 = coopMultiplyAdd(low1, high_b2, coopMultiplyAdd(high1, low_b2, coopMultiplyAdd(high1, high_b2, c12)));
+        c02 = coopMultiplyAdd(high0, high_b2, c02);
+        r02 = coopMultiplyAdd(low0, high_b2, coopMultiplyAdd(high0, low_b2, r02));
+        c12 = coopMultiplyAdd(high1, high_b2, c12);
+        r12 = coopMultiplyAdd(low1, high_b2, coopMultiplyAdd(high1, low_b2, r12));
         let high_b3 = coopLoad<coop_mat16x16<f16, B>>(&right_high[(column + 48u) * LINE], LINE);
         let low_b3 = coopLoad<coop_mat16x16<f16, B>>(&right_low[(column + 48u) * LINE], LINE);
-        c03 = coopMultiplyAdd(low0, high_b3, coopMultiplyAdd(high0, low_b3, coopMultiplyAdd(high0, high_b3, c03)));
-        c13 = coopMultiplyAdd(low1, high_b3, coopMultiplyAdd(high1, low_b3, coopMultiplyAdd(high1, high_b3, c13)));
+        c03 = coopMultiplyAdd(high0, high_b3, c03);
+        r03 = coopMultiplyAdd(low0, high_b3, coopMultiplyAdd(high0, low_b3, r03));
+        c13 = coopMultiplyAdd(high1, high_b3, c13);
+        r13 = coopMultiplyAdd(low1, high_b3, coopMultiplyAdd(high1, low_b3, r13));
     }
     let factors = 1.0 / of_matrices;
     let in_rows = first_row + row;
     let in_columns = first_column + column;
-    write_fragment(c00, in_rows, in_columns, factors, id.z, subgroup);
-    write_fragment(c01, in_rows, in_columns + 16u, factors, id.z, subgroup);
-    write_fragment(c02, in_rows, in_columns + 32u, factors, id.z, subgroup);
-    write_fragment(c03, in_rows, in_columns + 48u, factors, id.z, subgroup);
-    write_fragment(c10, in_rows + 16u, in_columns, factors, id.z, subgroup);
-    write_fragment(c11, in_rows + 16u, in_columns + 16u, factors, id.z, subgroup);
-    write_fragment(c12, in_rows + 16u, in_columns + 32u, factors, id.z, subgroup);
-    write_fragment(c13, in_rows + 16u, in_columns + 48u, factors, id.z, subgroup);
+    write_fragment(c00, r00, in_rows, in_columns, factors, id.z, subgroup);
+    write_fragment(c01, r01, in_rows, in_columns + 16u, factors, id.z, subgroup);
+    write_fragment(c02, r02, in_rows, in_columns + 32u, factors, id.z, subgroup);
+    write_fragment(c03, r03, in_rows, in_columns + 48u, factors, id.z, subgroup);
+    write_fragment(c10, r10, in_rows + 16u, in_columns, factors, id.z, subgroup);
+    write_fragment(c11, r11, in_rows + 16u, in_columns + 16u, factors, id.z, subgroup);
+    write_fragment(c12, r12, in_rows + 16u, in_columns + 32u, factors, id.z, subgroup);
+    write_fragment(c13, r13, in_rows + 16u, in_columns + 48u, factors, id.z, subgroup);
 }
 
 #else
@@ -235,7 +264,8 @@ fn multiply_and_write_tile(
                     let right_low = right_part(false, column + 64u * v, i);
                     for (var j = 0u; j < 4u; j++) {
                         let at = (2u * u + v) * 4u + j;
-                        tile_products[at] += high[j] * right_high + (high[j] * right_low + low[j] * right_high);
+                        tile_products[at] += high[j] * right_high;
+                        tile_rests[at] += high[j] * right_low + low[j] * right_high;
                     }
                 }
             }
@@ -246,7 +276,8 @@ fn multiply_and_write_tile(
         for (var j = 0u; j < 4u; j++) {
             let in_rows = first_row + row + 64u * (at / 8u) + at % 4u;
             let in_columns = first_column + column + 64u * (at / 4u % 2u) + j;
-            write_product(tile_products[at][j] * factors.x * factors.y, in_rows, in_columns, id.z);
+            let product = tile_products[at][j] + tile_rests[at][j] / LOW;
+            write_product(product * factors.x * factors.y, in_rows, in_columns, id.z);
         }
     }
 }
