@@ -179,54 +179,74 @@ fn finish(
 
 fn prepare(row: u32, column: u32) {}
 
-// The element of `a` that stands in a row of op(a).
+// The element of op(a) without its norm; 0 outside.
 fn left_value(row: u32, k: u32) -> f32 {
     if (row >= params.rows) {
         return 0.0;
     }
 #ifdef TRANSPOSE_A
-    let stored = k;
-    let value = a[params.a_base + k * params.a_stride + row];
+    return a[params.a_base + k * params.a_stride + row];
 #else
-    let stored = row;
-    let value = a[params.a_base + row * params.a_stride + k];
-#endif
-#ifdef NORMS_A
-    return value * norms_a[params.norms_a_base + stored];
-#else
-    return value;
+    return a[params.a_base + row * params.a_stride + k];
 #endif
 }
+
+#ifdef NORMS_A
+fn left_norm(row: u32) -> f32 {
+    return norms_a[params.norms_a_base + min(row, params.rows - 1u)];
+}
+#endif
 
 fn left_values(row: u32, k: u32) -> vec4<f32> {
-    return vec4<f32>(left_value(row, k), left_value(row + 1u, k), left_value(row + 2u, k), left_value(row + 3u, k));
+    let values =
+        vec4<f32>(left_value(row, k), left_value(row + 1u, k), left_value(row + 2u, k), left_value(row + 3u, k));
+#ifdef NORMS_A
+#ifdef TRANSPOSE_A
+    return values * norms_a[params.norms_a_base + k];
+#else
+    return values * vec4<f32>(left_norm(row), left_norm(row + 1u), left_norm(row + 2u), left_norm(row + 3u));
+#endif
+#else
+    return values;
+#endif
 }
 
+// The element of op(b) without its norm; 0 outside.
 fn right_value(column: u32, k: u32) -> f32 {
     if (column >= params.columns) {
         return 0.0;
     }
 #ifdef TRANSPOSE_B
-    let stored = column;
-    let value = b[params.b_base + column * params.b_stride + k];
+    return b[params.b_base + column * params.b_stride + k];
 #else
-    let stored = k;
-    let value = b[params.b_base + k * params.b_stride + column];
-#endif
-#ifdef NORMS_B
-    return value * norms_b[params.norms_b_base + stored];
-#else
-    return value;
+    return b[params.b_base + k * params.b_stride + column];
 #endif
 }
 
+#ifdef NORMS_B
+fn right_norm(column: u32) -> f32 {
+    return norms_b[params.norms_b_base + min(column, params.columns - 1u)];
+}
+#endif
+
 fn right_values(column: u32, k: u32) -> vec4<f32> {
-    return vec4<f32>(
+    let values = vec4<f32>(
         right_value(column, k),
         right_value(column + 1u, k),
         right_value(column + 2u, k),
         right_value(column + 3u, k),
     );
+#ifdef NORMS_B
+#ifdef TRANSPOSE_B
+    let of_columns =
+        vec4<f32>(right_norm(column), right_norm(column + 1u), right_norm(column + 2u), right_norm(column + 3u));
+    return values * of_columns;
+#else
+    return values * norms_b[params.norms_b_base + k];
+#endif
+#else
+    return values;
+#endif
 }
 
 // An element of the product of one part.
@@ -240,6 +260,25 @@ fn write_product(product: f32, row: u32, column: u32, part: u32) {
     }
 }
 
+#ifndef MATRICES
+
+fn write_row(at: u32, row: u32, column: u32, part: u32) {
+    let products = tile_products[at];
+    write_product(products.x, row, column, part);
+    write_product(products.y, row, column + 1u, part);
+    write_product(products.z, row, column + 2u, part);
+    write_product(products.w, row, column + 3u, part);
+}
+
+fn write_quarter(at: u32, row: u32, column: u32, part: u32) {
+    write_row(at, row, column, part);
+    write_row(at + 1u, row + 1u, column, part);
+    write_row(at + 2u, row + 2u, column, part);
+    write_row(at + 3u, row + 3u, column, part);
+}
+
+#endif
+
 fn multiply_and_finish(id: vec3<u32>, lane: u32, subgroup: vec2<u32>) {
     let first = id.z * params.part;
     let end = min(first + params.part, params.inner);
@@ -247,18 +286,14 @@ fn multiply_and_finish(id: vec3<u32>, lane: u32, subgroup: vec2<u32>) {
     multiply_and_write_tile(id, first, end, lane, subgroup);
 #else
     multiply_tile(id.y * TILE, id.x * TILE, first, end, lane);
-    for (var u = 0u; u < SIDES; u++) {
-        for (var i = 0u; i < 4u; i++) {
-            let row = id.y * TILE + (lane / 16u + 16u * u) * 4u + i;
-            for (var v = 0u; v < SIDES; v++) {
-                let products = tile_products[(u * SIDES + v) * 4u + i];
-                let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
-                for (var j = 0u; j < 4u; j++) {
-                    write_product(products[j], row, column + j, id.z);
-                }
-            }
-        }
-    }
+    let row = id.y * TILE + (lane / 16u) * 4u;
+    let column = id.x * TILE + (lane % 16u) * 4u;
+    write_quarter(0u, row, column, id.z);
+#ifndef TILE_64
+    write_quarter(4u, row, column + 64u, id.z);
+    write_quarter(8u, row + 64u, column, id.z);
+    write_quarter(12u, row + 64u, column + 64u, id.z);
+#endif
 #endif
 }
 

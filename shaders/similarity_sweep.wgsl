@@ -216,22 +216,20 @@ fn product_at(row: u32, column: u32) -> f32 {
     return products[min(row, params.rows - 1u) * params.columns + min(column, params.columns - 1u)];
 }
 
-// Reads the products as multiply_tile leaves them; those outside are left out anyway.
-fn read_tile(id: vec3<u32>, lane: u32) {
-    for (var u = 0u; u < SIDES; u++) {
-        for (var v = 0u; v < SIDES; v++) {
-            let row = id.y * TILE + (lane / 16u + 16u * u) * 4u;
-            let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
-            for (var i = 0u; i < 4u; i++) {
-                tile_products[(u * SIDES + v) * 4u + i] = vec4<f32>(
-                    product_at(row + i, column),
-                    product_at(row + i, column + 1u),
-                    product_at(row + i, column + 2u),
-                    product_at(row + i, column + 3u),
-                );
-            }
-        }
-    }
+fn products_of_row(row: u32, column: u32) -> vec4<f32> {
+    return vec4<f32>(
+        product_at(row, column),
+        product_at(row, column + 1u),
+        product_at(row, column + 2u),
+        product_at(row, column + 3u),
+    );
+}
+
+fn read_quarter(at: u32, row: u32, column: u32) {
+    tile_products[at] = products_of_row(row, column);
+    tile_products[at + 1u] = products_of_row(row + 1u, column);
+    tile_products[at + 2u] = products_of_row(row + 2u, column);
+    tile_products[at + 3u] = products_of_row(row + 3u, column);
 }
 
 #else
@@ -341,29 +339,50 @@ fn kept_place(id: vec3<u32>, at: u32, lane: u32) -> u32 {
     return kept_number(id) * (TILE * TILE) + at * 256u + lane;
 }
 
+// An invocation has four rows of four columns of a tile of 64, and of one of 128 as much of each quarter: rows and
+// columns near the beginning, and far ones 64 further. Loops over them are written out, so that what is indexed by
+// constants can be in registers.
+fn near_row(id: vec3<u32>, lane: u32) -> u32 {
+    return id.y * TILE + (lane / 16u) * 4u;
+}
+
+fn near_column(id: vec3<u32>, lane: u32) -> u32 {
+    return id.x * TILE + (lane % 16u) * 4u;
+}
+
+fn logits_of_row(products: vec4<f32>, row: u32, column: u32, scale: f32) -> vec4<f32> {
+    let logits = scale * products;
+    return vec4<f32>(
+        entry(logits.x, row, column),
+        entry(logits.y, row, column + 1u),
+        entry(logits.z, row, column + 2u),
+        entry(logits.w, row, column + 3u),
+    );
+}
+
+fn compute_quarter(at: u32, row: u32, column: u32, scale: f32) {
+#ifdef PRODUCTS
+    read_quarter(at, row, column);
+#endif
+    tile_products[at] = logits_of_row(tile_products[at], row, column, scale);
+    tile_products[at + 1u] = logits_of_row(tile_products[at + 1u], row + 1u, column, scale);
+    tile_products[at + 2u] = logits_of_row(tile_products[at + 2u], row + 2u, column, scale);
+    tile_products[at + 3u] = logits_of_row(tile_products[at + 3u], row + 3u, column, scale);
+}
+
 // Puts a tile's logits in place of its products.
 fn compute_logits(id: vec3<u32>, scale: f32, lane: u32) {
-#ifdef PRODUCTS
-    read_tile(id, lane);
-#else
+#ifndef PRODUCTS
     multiply_tile(id.y * TILE, id.x * TILE, 0u, params.width, lane);
 #endif
-    for (var u = 0u; u < SIDES; u++) {
-        for (var v = 0u; v < SIDES; v++) {
-            let row = id.y * TILE + (lane / 16u + 16u * u) * 4u;
-            let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
-            for (var i = 0u; i < 4u; i++) {
-                let at = (u * SIDES + v) * 4u + i;
-                let logits = scale * tile_products[at];
-                tile_products[at] = vec4<f32>(
-                    entry(logits.x, row + i, column),
-                    entry(logits.y, row + i, column + 1u),
-                    entry(logits.z, row + i, column + 2u),
-                    entry(logits.w, row + i, column + 3u),
-                );
-            }
-        }
-    }
+    let row = near_row(id, lane);
+    let column = near_column(id, lane);
+    compute_quarter(0u, row, column, scale);
+#ifndef TILE_64
+    compute_quarter(4u, row, column + 64u, scale);
+    compute_quarter(8u, row + 64u, column, scale);
+    compute_quarter(12u, row + 64u, column + 64u, scale);
+#endif
 }
 
 fn is_bounded(scale: f32) -> bool {
@@ -372,45 +391,6 @@ fn is_bounded(scale: f32) -> bool {
 #else
     return false;
 #endif
-}
-
-#endif
-#ifdef FORWARD
-
-// What each invocation has of its rows (columns): (u, v) is 4u + v for rows u and columns v of the tile's quarters.
-var<private> parts: array<vec4<f32>, SIDES>;
-
-// Puts the parts that invocations have of their rows beside each other: those of a row are GROUPS apart.
-fn share_by_rows(lane: u32) {
-    for (var u = 0u; u < SIDES; u++) {
-        tile_memory[(lane % 16u) * GROUPS + lane / 16u + 16u * u] = parts[u];
-    }
-    workgroupBarrier();
-}
-
-fn share_by_columns(lane: u32) {
-    for (var v = 0u; v < SIDES; v++) {
-        tile_memory[(lane / 16u) * GROUPS + lane % 16u + 16u * v] = parts[v];
-    }
-    workgroupBarrier();
-}
-
-// The largest part of each of four rows (columns).
-fn largest_shared(group: u32) -> vec4<f32> {
-    var largest = tile_memory[group];
-    for (var part = 1u; part < 16u; part++) {
-        largest = max(largest, tile_memory[part * GROUPS + group]);
-    }
-    return largest;
-}
-
-// The sum of the parts of one row (column).
-fn sum_shared(line: u32) -> f32 {
-    var total = vec4<f32>();
-    for (var part = 0u; part < 16u; part++) {
-        total += tile_memory[part * GROUPS + line / 4u];
-    }
-    return total[line % 4u];
 }
 
 fn exponentials(logits: vec4<f32>, references: vec4<f32>) -> vec4<f32> {
@@ -426,17 +406,203 @@ fn exponentials(logits: vec4<f32>, references: vec4<f32>) -> vec4<f32> {
     );
 }
 
-fn sum_of(values: vec4<f32>) -> f32 {
-    return values.x + values.y + values.z + values.w;
+#endif
+#ifdef FORWARD
+
+// Something of each of an invocation's rows, or columns.
+struct Lines {
+    near: vec4<f32>,
+    far: vec4<f32>,
 }
 
-// Writes the sums of the parts, a row (column) an invocation, into a plane of the partial statistics.
-fn write_sums(base: u32, quantity: u32, count: u32, first: u32, lane: u32) {
-    if (lane < TILE && first + lane < count) {
-        output[base + quantity * count + first + lane] = sum_shared(lane);
-    }
+// Two sums over each of four rows, or columns.
+struct Sums {
+    first: vec4<f32>,
+    second: vec4<f32>,
+}
+
+struct Totals {
+    first: Lines,
+    second: Lines,
+}
+
+fn total_of(near: Sums, far: Sums) -> Totals {
+    return Totals(Lines(near.first, far.first), Lines(near.second, far.second));
+}
+
+fn added(a: Sums, b: Sums) -> Sums {
+    return Sums(a.first + b.first, a.second + b.second);
+}
+
+fn sum_of(values: vec4<f32>) -> f32 {
+    return (values.x + values.y) + (values.z + values.w);
+}
+
+fn largest_of(values: vec4<f32>) -> f32 {
+    return max(max(values.x, values.y), max(values.z, values.w));
+}
+
+// Of one quarter, over its four columns: the largest logit of each row.
+fn largest_of_rows(at: u32) -> vec4<f32> {
+    return vec4<f32>(
+        largest_of(tile_products[at]),
+        largest_of(tile_products[at + 1u]),
+        largest_of(tile_products[at + 2u]),
+        largest_of(tile_products[at + 3u]),
+    );
+}
+
+fn largest_of_columns(at: u32) -> vec4<f32> {
+    return max(
+        max(tile_products[at], tile_products[at + 1u]),
+        max(tile_products[at + 2u], tile_products[at + 3u]),
+    );
+}
+
+// (Σ exp(z − reference), Σ exp(z − reference)·z)
+fn sums_of_row(logits: vec4<f32>, reference: f32) -> vec2<f32> {
+    let e = exponentials(logits, vec4<f32>(reference));
+    return vec2<f32>(sum_of(e), sum_of(e * logits));
+}
+
+fn sums_of_rows(at: u32, references: vec4<f32>) -> Sums {
+    let a = sums_of_row(tile_products[at], references.x);
+    let b = sums_of_row(tile_products[at + 1u], references.y);
+    let c = sums_of_row(tile_products[at + 2u], references.z);
+    let d = sums_of_row(tile_products[at + 3u], references.w);
+    return Sums(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
+}
+
+fn sums_of_columns(at: u32, references: vec4<f32>) -> Sums {
+    let a = exponentials(tile_products[at], references);
+    let b = exponentials(tile_products[at + 1u], references);
+    let c = exponentials(tile_products[at + 2u], references);
+    let d = exponentials(tile_products[at + 3u], references);
+    return Sums(
+        (a + b) + (c + d),
+        (a * tile_products[at] + b * tile_products[at + 1u])
+            + (c * tile_products[at + 2u] + d * tile_products[at + 3u]),
+    );
+}
+
+#ifdef QUANTITIES_5
+
+// (Σ z, the number of entries)
+fn logits_of(logits: vec4<f32>) -> Sums {
+    let outside = logits == vec4<f32>(NO_ENTRY);
+    return Sums(select(logits, vec4<f32>(), outside), select(vec4<f32>(1.0), vec4<f32>(), outside));
+}
+
+fn counts_of_rows(at: u32) -> Sums {
+    let a = logits_of(tile_products[at]);
+    let b = logits_of(tile_products[at + 1u]);
+    let c = logits_of(tile_products[at + 2u]);
+    let d = logits_of(tile_products[at + 3u]);
+    return Sums(
+        vec4<f32>(sum_of(a.first), sum_of(b.first), sum_of(c.first), sum_of(d.first)),
+        vec4<f32>(sum_of(a.second), sum_of(b.second), sum_of(c.second), sum_of(d.second)),
+    );
+}
+
+fn counts_of_columns(at: u32) -> Sums {
+    return added(
+        added(logits_of(tile_products[at]), logits_of(tile_products[at + 1u])),
+        added(logits_of(tile_products[at + 2u]), logits_of(tile_products[at + 3u])),
+    );
+}
+
+#endif
+
+// Puts what invocations have of their rows (columns) beside each other: of each row there are 16 parts, GROUPS apart.
+fn share(lines: Lines, place: u32) {
+    tile_memory[place] = lines.near;
+#ifndef TILE_64
+    tile_memory[place + 16u] = lines.far;
+#endif
     workgroupBarrier();
 }
+
+// The largest part of each of four rows (columns).
+fn largest_shared(group: u32) -> vec4<f32> {
+    var largest = tile_memory[group];
+    for (var part = 1u; part < 16u; part++) {
+        largest = max(largest, tile_memory[part * GROUPS + group]);
+    }
+    return largest;
+}
+
+// The largest part of each of this invocation's rows (columns).
+fn largest_of_all(lines: Lines, place: u32, group: u32) -> Lines {
+    share(lines, place);
+    var largest = Lines(largest_shared(group), vec4<f32>());
+#ifndef TILE_64
+    largest.far = largest_shared(group + 16u);
+#endif
+    workgroupBarrier();
+    return largest;
+}
+
+// The rows (columns) of a tile among those of the panel, and where this invocation's are in workgroup memory.
+struct Side {
+    // Where the tile's partial statistics begin, planes of `count` values.
+    base: u32,
+    count: u32,
+    first: u32,
+    place: u32,
+}
+
+fn write_sums(side: Side, plane: u32, lines: Lines, lane: u32) -> f32 {
+    share(lines, side.place);
+    var total = 0.0;
+    if (lane < TILE && side.first + lane < side.count) {
+        var totals = vec4<f32>();
+        for (var part = 0u; part < 16u; part++) {
+            totals += tile_memory[part * GROUPS + lane / 4u];
+        }
+        total = totals[lane % 4u];
+        output[side.base + plane * side.count + side.first + lane] = total;
+    }
+    workgroupBarrier();
+    return total;
+}
+
+fn write_statistics(side: Side, references: Lines, sums: Totals, bounded: bool, scale: f32, lane: u32) {
+    let total = write_sums(side, 1u, sums.first, lane);
+    write_sums(side, 2u, sums.second, lane);
+    let inside = lane < TILE && side.first + lane < side.count;
+    let place = side.base + side.first + lane;
+    if (bounded) {
+        if (inside) {
+            output[place] = select(scale, NO_ENTRY, total == 0.0);
+        }
+    } else {
+        // All parts of a row have the same reference.
+        share(references, side.place);
+        if (inside) {
+            output[place] = tile_memory[lane / 4u][lane % 4u];
+        }
+        workgroupBarrier();
+    }
+}
+
+#ifdef KEPT
+
+fn keep(id: vec3<u32>, at: u32, lane: u32) {
+    let logits = tile_products[at];
+    kept[kept_place(id, 4u * at, lane)] = logits.x;
+    kept[kept_place(id, 4u * at + 1u, lane)] = logits.y;
+    kept[kept_place(id, 4u * at + 2u, lane)] = logits.z;
+    kept[kept_place(id, 4u * at + 3u, lane)] = logits.w;
+}
+
+fn keep_quarter(id: vec3<u32>, at: u32, lane: u32) {
+    keep(id, at, lane);
+    keep(id, at + 1u, lane);
+    keep(id, at + 2u, lane);
+    keep(id, at + 3u, lane);
+}
+
+#endif
 
 @compute @workgroup_size(256)
 fn forward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -445,165 +611,76 @@ fn forward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let scale = exponential(log_scale[0]);
+    let bounded = is_bounded(scale);
     compute_logits(id, scale, lane);
 #ifdef KEPT
     if (is_kept(id)) {
-        for (var at = 0u; at < 4u * SIDES * SIDES; at++) {
-            for (var j = 0u; j < 4u; j++) {
-                kept[kept_place(id, 4u * at + j, lane)] = tile_products[at][j];
-            }
-        }
+        keep_quarter(id, 0u, lane);
+#ifndef TILE_64
+        keep_quarter(id, 4u, lane);
+        keep_quarter(id, 8u, lane);
+        keep_quarter(id, 12u, lane);
+#endif
     }
 #endif
-    let bounded = is_bounded(scale);
 
-    // Rows.
-    var references: array<vec4<f32>, SIDES>;
-    if (bounded) {
-        for (var u = 0u; u < SIDES; u++) {
-            references[u] = vec4<f32>(scale);
-        }
-    } else {
-        for (var u = 0u; u < SIDES; u++) {
-            for (var i = 0u; i < 4u; i++) {
-                var largest = vec4<f32>(NO_ENTRY);
-                for (var v = 0u; v < SIDES; v++) {
-                    largest = max(largest, tile_products[(u * SIDES + v) * 4u + i]);
-                }
-                parts[u][i] = max(max(largest.x, largest.y), max(largest.z, largest.w));
-            }
-        }
-        share_by_rows(lane);
-        for (var u = 0u; u < SIDES; u++) {
-            references[u] = largest_shared(lane / 16u + 16u * u);
-        }
-        workgroupBarrier();
-    }
-    var along: array<vec4<f32>, SIDES>;
-    for (var u = 0u; u < SIDES; u++) {
-        for (var i = 0u; i < 4u; i++) {
-            var sums = vec4<f32>();
-            var products = vec4<f32>();
-            for (var v = 0u; v < SIDES; v++) {
-                let logits = tile_products[(u * SIDES + v) * 4u + i];
-                let e = exponentials(logits, vec4<f32>(references[u][i]));
-                sums += e;
-                products += e * logits;
-            }
-            parts[u][i] = sum_of(sums);
-            along[u][i] = sum_of(products);
-        }
-    }
-    let first_row = id.y * TILE;
+    let y = lane / 16u;
+    let x = lane % 16u;
     let row_base = id.x * QUANTITIES * params.rows;
-    if (lane % 16u == 0u) {
-        for (var u = 0u; u < SIDES; u++) {
-            for (var i = 0u; i < 4u; i++) {
-                let row = first_row + (lane / 16u + 16u * u) * 4u + i;
-                if (row < params.rows) {
-                    output[row_base + row] = references[u][i];
-                }
-            }
-        }
+    let of_rows = Side(row_base, params.rows, id.y * TILE, x * GROUPS + y);
+    var references = Lines(vec4<f32>(scale), vec4<f32>(scale));
+    if (!bounded) {
+        var largest = Lines(largest_of_rows(0u), vec4<f32>());
+#ifndef TILE_64
+        largest.near = max(largest.near, largest_of_rows(4u));
+        largest.far = max(largest_of_rows(8u), largest_of_rows(12u));
+#endif
+        references = largest_of_all(largest, of_rows.place, y);
     }
-    share_by_rows(lane);
-    if (lane < TILE && first_row + lane < params.rows) {
-        let total = sum_shared(lane);
-        output[row_base + params.rows + first_row + lane] = total;
-        if (bounded && total == 0.0) {
-            output[row_base + first_row + lane] = NO_ENTRY;
-        }
-    }
-    workgroupBarrier();
-    parts = along;
-    share_by_rows(lane);
-    write_sums(row_base, 2u, params.rows, first_row, lane);
+    var near = sums_of_rows(0u, references.near);
+    var far = Sums();
+#ifndef TILE_64
+    near = added(near, sums_of_rows(4u, references.near));
+    far = added(sums_of_rows(8u, references.far), sums_of_rows(12u, references.far));
+#endif
+    write_statistics(of_rows, references, total_of(near, far), bounded, scale, lane);
 #ifdef QUANTITIES_5
-    for (var quantity = 3u; quantity < 5u; quantity++) {
-        for (var u = 0u; u < SIDES; u++) {
-            for (var i = 0u; i < 4u; i++) {
-                var sums = vec4<f32>();
-                for (var v = 0u; v < SIDES; v++) {
-                    let logits = tile_products[(u * SIDES + v) * 4u + i];
-                    let values = select(vec4<f32>(1.0), logits, quantity == 3u);
-                    sums += select(values, vec4<f32>(), logits == vec4<f32>(NO_ENTRY));
-                }
-                parts[u][i] = sum_of(sums);
-            }
-        }
-        share_by_rows(lane);
-        write_sums(row_base, quantity, params.rows, first_row, lane);
-    }
+    near = counts_of_rows(0u);
+#ifndef TILE_64
+    near = added(near, counts_of_rows(4u));
+    far = added(counts_of_rows(8u), counts_of_rows(12u));
+#endif
+    let row_counts = total_of(near, far);
+    write_sums(of_rows, 3u, row_counts.first, lane);
+    write_sums(of_rows, 4u, row_counts.second, lane);
 #endif
 
 #ifdef COLUMNS
-    // Columns, the same across.
-    let first_column = id.x * TILE;
     let column_base = params.column_partials + id.y * QUANTITIES * params.columns;
+    let of_columns = Side(column_base, params.columns, id.x * TILE, y * GROUPS + x);
     if (!bounded) {
-        for (var v = 0u; v < SIDES; v++) {
-            parts[v] = vec4<f32>(NO_ENTRY);
-            for (var u = 0u; u < SIDES; u++) {
-                for (var i = 0u; i < 4u; i++) {
-                    parts[v] = max(parts[v], tile_products[(u * SIDES + v) * 4u + i]);
-                }
-            }
-        }
-        share_by_columns(lane);
-        for (var v = 0u; v < SIDES; v++) {
-            references[v] = largest_shared(lane % 16u + 16u * v);
-        }
-        workgroupBarrier();
+        var largest = Lines(largest_of_columns(0u), vec4<f32>());
+#ifndef TILE_64
+        largest.near = max(largest.near, largest_of_columns(8u));
+        largest.far = max(largest_of_columns(4u), largest_of_columns(12u));
+#endif
+        references = largest_of_all(largest, of_columns.place, x);
     }
-    for (var v = 0u; v < SIDES; v++) {
-        parts[v] = vec4<f32>();
-        along[v] = vec4<f32>();
-        for (var u = 0u; u < SIDES; u++) {
-            for (var i = 0u; i < 4u; i++) {
-                let logits = tile_products[(u * SIDES + v) * 4u + i];
-                let e = exponentials(logits, references[v]);
-                parts[v] += e;
-                along[v] += e * logits;
-            }
-        }
-    }
-    if (lane < 16u) {
-        for (var v = 0u; v < SIDES; v++) {
-            for (var j = 0u; j < 4u; j++) {
-                let column = first_column + (lane + 16u * v) * 4u + j;
-                if (column < params.columns) {
-                    output[column_base + column] = references[v][j];
-                }
-            }
-        }
-    }
-    share_by_columns(lane);
-    if (lane < TILE && first_column + lane < params.columns) {
-        let total = sum_shared(lane);
-        output[column_base + params.columns + first_column + lane] = total;
-        if (bounded && total == 0.0) {
-            output[column_base + first_column + lane] = NO_ENTRY;
-        }
-    }
-    workgroupBarrier();
-    parts = along;
-    share_by_columns(lane);
-    write_sums(column_base, 2u, params.columns, first_column, lane);
+    near = sums_of_columns(0u, references.near);
+#ifndef TILE_64
+    near = added(near, sums_of_columns(8u, references.near));
+    far = added(sums_of_columns(4u, references.far), sums_of_columns(12u, references.far));
+#endif
+    write_statistics(of_columns, references, total_of(near, far), bounded, scale, lane);
 #ifdef QUANTITIES_5
-    for (var quantity = 3u; quantity < 5u; quantity++) {
-        for (var v = 0u; v < SIDES; v++) {
-            parts[v] = vec4<f32>();
-            for (var u = 0u; u < SIDES; u++) {
-                for (var i = 0u; i < 4u; i++) {
-                    let logits = tile_products[(u * SIDES + v) * 4u + i];
-                    let values = select(vec4<f32>(1.0), logits, quantity == 3u);
-                    parts[v] += select(values, vec4<f32>(), logits == vec4<f32>(NO_ENTRY));
-                }
-            }
-        }
-        share_by_columns(lane);
-        write_sums(column_base, quantity, params.columns, first_column, lane);
-    }
+    near = counts_of_columns(0u);
+#ifndef TILE_64
+    near = added(near, counts_of_columns(8u));
+    far = added(counts_of_columns(4u), counts_of_columns(12u));
+#endif
+    let column_counts = total_of(near, far);
+    write_sums(of_columns, 3u, column_counts.first, lane);
+    write_sums(of_columns, 4u, column_counts.second, lane);
 #endif
 #endif
 }
@@ -611,10 +688,99 @@ fn forward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index
 #endif
 #ifdef BACKWARD
 
-// The part of an entry's gradient that one side has.
-fn of_side(logit: f32, log_sum_exp: f32, weight: f32, share: f32) -> f32 {
-    return select(weight * exponential(logit - log_sum_exp), 0.0, weight == 0.0) - share;
+// What one side of some entries knows: exponents, weights and shares, as `pack` has them.
+struct Known {
+    exponents: vec4<f32>,
+    weights: vec4<f32>,
+    shares: vec4<f32>,
 }
+
+// The part of the gradients of some logits that one side has.
+fn gradients_of(logits: vec4<f32>, known: Known) -> vec4<f32> {
+    let weighted = known.weights * exponentials(logits, known.exponents);
+    return select(weighted, vec4<f32>(), known.weights == vec4<f32>()) - known.shares;
+}
+
+fn known_of_row(row: u32) -> Known {
+    return Known(
+        vec4<f32>(of_row(EXPONENT, row)),
+        vec4<f32>(of_row(WEIGHT, row)),
+        vec4<f32>(of_row(SHARE, row)),
+    );
+}
+
+fn known_of_columns(column: u32) -> Known {
+    return Known(of_columns(EXPONENT, column), of_columns(WEIGHT, column), of_columns(SHARE, column));
+}
+
+fn write_gradient(gradient: f32, row: u32, column: u32, mirror: bool) {
+    if (row < params.rows && column < params.columns) {
+        output[row * params.output_stride + column] = gradient;
+        if (mirror) {
+            output[column * params.output_stride + row] = gradient;
+        }
+    }
+}
+
+fn write_row(logits: vec4<f32>, row: u32, column: u32, of_columns: Known, scale: f32, mirror: bool) {
+    var gradients = vec4<f32>();
+#ifdef ROWS
+    let of_row = known_of_row(row);
+#endif
+    if (is_bounded(scale)) {
+        var factors = vec4<f32>();
+        var shares = vec4<f32>();
+#ifdef ROWS
+        factors += of_row.exponents;
+        shares += of_row.shares;
+#endif
+#ifdef COLUMNS
+        factors += of_columns.exponents;
+        shares += of_columns.shares;
+#endif
+        gradients = factors * exponentials(logits, vec4<f32>(scale)) - shares;
+    } else {
+#ifdef ROWS
+        gradients += gradients_of(logits, of_row);
+#endif
+#ifdef COLUMNS
+        gradients += gradients_of(logits, of_columns);
+#endif
+    }
+    gradients = select(gradients, vec4<f32>(), logits == vec4<f32>(NO_ENTRY));
+    write_gradient(gradients.x, row, column, mirror);
+    write_gradient(gradients.y, row, column + 1u, mirror);
+    write_gradient(gradients.z, row, column + 2u, mirror);
+    write_gradient(gradients.w, row, column + 3u, mirror);
+}
+
+fn write_quarter(at: u32, row: u32, column: u32, scale: f32, mirror: bool) {
+    let of_columns = known_of_columns(column);
+    write_row(tile_products[at], row, column, of_columns, scale, mirror);
+    write_row(tile_products[at + 1u], row + 1u, column, of_columns, scale, mirror);
+    write_row(tile_products[at + 2u], row + 2u, column, of_columns, scale, mirror);
+    write_row(tile_products[at + 3u], row + 3u, column, of_columns, scale, mirror);
+}
+
+#ifdef KEPT
+
+fn kept_row(id: vec3<u32>, at: u32, lane: u32) -> vec4<f32> {
+    return vec4<f32>(
+        kept[kept_place(id, 4u * at, lane)],
+        kept[kept_place(id, 4u * at + 1u, lane)],
+        kept[kept_place(id, 4u * at + 2u, lane)],
+        kept[kept_place(id, 4u * at + 3u, lane)],
+    );
+}
+
+fn read_kept_quarter(id: vec3<u32>, at: u32, lane: u32) {
+    tile_products[at] = kept_row(id, at, lane);
+    tile_products[at + 1u] = kept_row(id, at + 1u, lane);
+    tile_products[at + 2u] = kept_row(id, at + 2u, lane);
+    tile_products[at + 3u] = kept_row(id, at + 3u, lane);
+}
+
+#endif
 
 @compute @workgroup_size(256)
 fn backward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -626,70 +792,27 @@ fn backward(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_inde
     let scale = exponential(log_scale[0]);
 #ifdef KEPT
     if (is_kept(id)) {
-        for (var at = 0u; at < 4u * SIDES * SIDES; at++) {
-            for (var j = 0u; j < 4u; j++) {
-                tile_products[at][j] = kept[kept_place(id, 4u * at + j, lane)];
-            }
-        }
+        read_kept_quarter(id, 0u, lane);
+#ifndef TILE_64
+        read_kept_quarter(id, 4u, lane);
+        read_kept_quarter(id, 8u, lane);
+        read_kept_quarter(id, 12u, lane);
+#endif
     } else {
         compute_logits(id, scale, lane);
     }
 #else
     compute_logits(id, scale, lane);
 #endif
-    let bounded = is_bounded(scale);
     let mirror = params.mirror == 1u && tile_row != tile_column;
-    for (var u = 0u; u < SIDES; u++) {
-        for (var v = 0u; v < SIDES; v++) {
-            let row = id.y * TILE + (lane / 16u + 16u * u) * 4u;
-            let column = id.x * TILE + (lane % 16u + 16u * v) * 4u;
-#ifdef COLUMNS
-            let column_exponents = of_columns(EXPONENT, column);
-            let column_weights = of_columns(WEIGHT, column);
-            let column_shares = of_columns(SHARE, column);
+    let row = near_row(id, lane);
+    let column = near_column(id, lane);
+    write_quarter(0u, row, column, scale, mirror);
+#ifndef TILE_64
+    write_quarter(4u, row, column + 64u, scale, mirror);
+    write_quarter(8u, row + 64u, column, scale, mirror);
+    write_quarter(12u, row + 64u, column + 64u, scale, mirror);
 #endif
-            for (var i = 0u; i < 4u; i++) {
-                if (row + i >= params.rows) {
-                    break;
-                }
-#ifdef ROWS
-                let row_exponent = of_row(EXPONENT, row + i);
-                let row_weight = of_row(WEIGHT, row + i);
-                let row_share = of_row(SHARE, row + i);
-#endif
-                let logits = tile_products[(u * SIDES + v) * 4u + i];
-                for (var j = 0u; j < 4u; j++) {
-                    if (column + j >= params.columns) {
-                        break;
-                    }
-                    let logit = logits[j];
-                    var gradient = 0.0;
-                    if (logit != NO_ENTRY) {
-                        if (bounded) {
-                            let e = exponential(logit - scale);
-#ifdef ROWS
-                            gradient += e * row_exponent - row_share;
-#endif
-#ifdef COLUMNS
-                            gradient += e * column_exponents[j] - column_shares[j];
-#endif
-                        } else {
-#ifdef ROWS
-                            gradient += of_side(logit, row_exponent, row_weight, row_share);
-#endif
-#ifdef COLUMNS
-                            gradient += of_side(logit, column_exponents[j], column_weights[j], column_shares[j]);
-#endif
-                        }
-                    }
-                    output[(row + i) * params.output_stride + column + j] = gradient;
-                    if (mirror) {
-                        output[(column + j) * params.output_stride + row + i] = gradient;
-                    }
-                }
-            }
-        }
-    }
 }
 
 #endif
