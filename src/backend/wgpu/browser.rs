@@ -28,7 +28,7 @@ fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 fn launch(permutation: &Permutation, traced: &Traced) -> Value {
-    let text = shader::module(permutation).unwrap().text;
+    let text = shader::module(permutation, false).unwrap().text;
     let bindings: Vec<Value> = traced
         .bindings
         .iter()
@@ -58,16 +58,20 @@ fn export_for_the_browser() {
     };
     let folder = Path::new(&folder);
     std::fs::create_dir_all(folder).unwrap();
-    let shaders: Vec<Value> = shader::permutations()
-        .iter()
-        .map(|permutation| {
-            let text = shader::module(permutation).unwrap().text;
-            json!({ "permutation": permutation.to_string(), "entry": permutation.entry, "text": text })
-        })
-        .collect();
+    let mut shaders: Vec<Value> = Vec::new();
+    for permutation in shader::permutations() {
+        let texts = [false, true].map(|subgroups| shader::module(&permutation, subgroups).unwrap().text);
+        for (number, text) in texts.iter().enumerate().filter(|(number, text)| *number == 0 || **text != texts[0]) {
+            // Browsers want to be told what naga does not let one say.
+            let enabled = if text.contains("subgroupShuffle") { "enable subgroups;\n" } else { "" };
+            let name = format!("{permutation}{}", if number == 0 { "" } else { " SUBGROUPS" });
+            shaders
+                .push(json!({ "permutation": name, "entry": permutation.entry, "text": format!("{enabled}{text}") }));
+        }
+    }
     write(&folder.join("shaders.json"), &shaders.into());
 
-    let settings = Settings { default_limits: true, ..Settings::default() };
+    let settings = Settings { default_limits: true, no_subgroups: true, ..Settings::default() };
     let device = Device::new(Wgpu::open(0, settings).unwrap());
     let engine = &device.backend::<Wgpu>().unwrap().engine;
     engine.trace(LARGEST);

@@ -230,7 +230,25 @@ impl Engine {
         if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
             engine.matrices = Matrices::None;
         }
+        if engine.device.features().contains(wgpu::Features::SUBGROUP) {
+            engine.pipelines.use_subgroups(engine.probe_subgroups()?);
+        }
         Ok(engine)
+    }
+
+    /// How many invocations the device's subgroups have; 0 if shaders cannot use them: they count on subgroups of one
+    /// size, with invocations in their order, and on shuffles that do what they should.
+    fn probe_subgroups(&self) -> Result<u32> {
+        let found = self.scratch(768, DType::U32)?;
+        self.launch(Launch::new("subgroups", "probe").write("found", &found))?;
+        let mut words = vec![0u32; 768];
+        self.read(&found, bytemuck::cast_slice_mut(&mut words))?;
+        let size = words[0];
+        let holds = (0..256).all(|lane| {
+            let place = lane as u32 % size.max(1);
+            words[lane] == size && words[256 + lane] == place && words[512 + lane] == lane as u32 - place + size - 1
+        });
+        Ok(if size.is_power_of_two() && (4..=128).contains(&size) && holds { size } else { 0 })
     }
 
     /// Something that should not have happened.

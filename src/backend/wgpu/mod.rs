@@ -54,7 +54,7 @@ use crate::Result;
 use crate::error::DType;
 use adapter::Request;
 pub use adapter::Settings;
-use engine::Engine;
+use engine::{Engine, Matrices};
 use profile::Profile;
 
 /// A device of wgpu.
@@ -114,7 +114,18 @@ impl Backend for Wgpu {
     }
 
     fn properties(&self) -> Vec<(&'static str, String)> {
-        adapter::properties(&self.info, &self.engine.device, self.engine.settings)
+        let mut properties = adapter::properties(&self.info, &self.engine.device, self.engine.settings);
+        let products = match self.engine.matrices {
+            Matrices::None => "in f32",
+            Matrices::Cooperative => "of large matrices with cooperative matrices of two f16 a value, else in f32",
+            Matrices::Emulated => "of two f16 a value, as with cooperative matrices",
+        };
+        let sums = match self.engine.pipelines.subgroup() {
+            0 => "through workgroup memory".to_owned(),
+            invocations => format!("by subgroups of {invocations}"),
+        };
+        properties.extend([("products", products.to_owned()), ("sums", sums)]);
+        properties
     }
 
     fn timings(&self) -> Vec<Timing> {

@@ -4,6 +4,7 @@
 //! is compiled on all cores while the step is recorded, and waited for when it is submitted.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use ::wgpu;
@@ -35,12 +36,14 @@ struct Compiler {
     /// With wgpu's checks of indices and loops.
     checked: bool,
     cache: Option<Cache>,
+    /// Invocations of a subgroup, 0 if shaders do without.
+    subgroup: AtomicU32,
 }
 
 impl Compiler {
     /// What makes of a text a pipeline's interface; quick.
     fn interface(&self, permutation: &Permutation, names: &[&str]) -> Result<Pipeline, String> {
-        let module = shader::module(permutation)?;
+        let module = shader::module(permutation, self.subgroup.load(Ordering::Relaxed) > 0)?;
         let mut bindings = module.bindings;
         bindings.retain(|binding| names.contains(&binding.name.as_str()));
         if let Some(unknown) = names.iter().find(|name| bindings.iter().all(|binding| binding.name != **name)) {
@@ -99,13 +102,15 @@ impl Compiler {
             bind_group_layouts: &[Some(&pipeline.layout)],
             immediate_size: 0,
         });
+        let subgroup = [("SUBGROUP", f64::from(self.subgroup.load(Ordering::Relaxed)))];
+        let uses_subgroups = pipeline.text.contains("override SUBGROUP");
         let compiled = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&layout),
             module: &shader,
             entry_point: Some(pipeline.entry),
             compilation_options: wgpu::PipelineCompilationOptions {
-                constants: &[],
+                constants: if uses_subgroups { &subgroup } else { &[] },
                 zero_initialize_workgroup_memory: false,
             },
             cache: self.cache.as_ref().map(Cache::pipelines),
@@ -130,8 +135,18 @@ pub(super) struct Pipelines {
 impl Pipelines {
     pub(super) fn new(device: wgpu::Device, checked: bool) -> Result<Self, String> {
         let cache = Cache::open(&device);
-        let compiler = Arc::new(Compiler { device, checked, cache });
+        let compiler = Arc::new(Compiler { device, checked, cache, subgroup: AtomicU32::new(0) });
         Ok(Self { compiler, known: RwLock::default(), listed: shader::listed()? })
+    }
+
+    /// Has the shaders that are compiled from now on use subgroups of so many invocations.
+    pub(super) fn use_subgroups(&self, invocations: u32) {
+        self.compiler.subgroup.store(invocations, Ordering::Relaxed);
+    }
+
+    /// How many invocations the subgroups have that shaders use; 0 if they do without.
+    pub(super) fn subgroup(&self) -> u32 {
+        self.compiler.subgroup.load(Ordering::Relaxed)
     }
 
     /// An entry point whose compilation has begun, for launches that bind what is named.

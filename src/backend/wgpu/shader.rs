@@ -13,7 +13,8 @@
 //! ```
 //!
 //! The name of the entry point in capitals is a flag that is always set. A constant of a launch becomes
-//! `const NAME: u32 = value;` in front of everything, and sets the flag `NAME_value`. `shaders/permutations` lists which flags and constants each entry
+//! `const NAME: u32 = value;` in front of everything, and sets the flag `NAME_value`. SUBGROUPS is set for all modules of
+//! a device whose subgroups can be used; `override SUBGROUP` is then how large they are. `shaders/permutations` lists which flags and constants each entry
 //! point knows: tests validate all of their combinations, and what is not listed is refused.
 //!
 //! While working on a shader, run a build with debug assertions with `NEARFAR_SHADERS=shaders`.
@@ -62,8 +63,10 @@ sources! {
     "shared/rows",
     "shared/scales",
     "shared/statistics",
+    "shared/subgroups",
     "shared/tile",
     "similarity_sweep",
+    "subgroups",
 }
 
 /// Which flags and constants each entry point knows.
@@ -181,10 +184,13 @@ fn append(
     if conditions.is_empty() { Ok(()) } else { Err(format!("shaders/{name}.wgsl: a condition without #endif")) }
 }
 
-/// The module of a permutation.
-pub(super) fn module(permutation: &Permutation) -> Result<Module, String> {
+/// The module of a permutation, for a device with or without subgroups.
+pub(super) fn module(permutation: &Permutation, subgroups: bool) -> Result<Module, String> {
     let mut flags: BTreeSet<String> = permutation.flags.iter().map(|flag| (*flag).to_owned()).collect();
     flags.insert(permutation.entry.to_uppercase());
+    if subgroups {
+        flags.insert("SUBGROUPS".into());
+    }
     flags.extend(permutation.constants.iter().map(|(name, value)| format!("{name}_{value}")));
     let mut body = String::new();
     append(permutation.shader, &mut flags, &mut BTreeSet::new(), &mut body)?;
@@ -338,8 +344,11 @@ mod tests {
     #[test]
     fn every_permutation_is_valid_and_says_its_interface() {
         use naga::valid::{Capabilities, ValidationFlags, Validator};
-        for permutation in permutations() {
-            let module = module(&permutation).unwrap_or_else(|reason| panic!("{permutation}: {reason}"));
+        let with_and_without = |permutation: Permutation| {
+            [false, true].map(|subgroups| (module(&permutation, subgroups), permutation.clone()))
+        };
+        for (module, permutation) in permutations().into_iter().flat_map(with_and_without) {
+            let module = module.unwrap_or_else(|reason| panic!("{permutation}: {reason}"));
             let parsed = naga::front::wgsl::parse_str(&module.text)
                 .unwrap_or_else(|error| panic!("{permutation}: {}", error.emit_to_string(&module.text)));
             let mut capabilities = Capabilities::default();
