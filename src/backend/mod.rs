@@ -479,9 +479,15 @@ mod tests {
 
     #[test]
     fn devices_are_found_by_name() {
-        assert_eq!("auto".parse::<Device>().unwrap(), Device::cpu());
         assert_eq!("cpu".parse::<Device>().unwrap(), Device::cpu());
+        let available = Device::available();
+        assert_eq!(available[0], Device::cpu());
+        assert!(available.contains(&"auto".parse().unwrap()));
+        for device in &available {
+            assert_eq!(device.name().parse::<Device>().unwrap(), *device);
+        }
         let error = "cuda:3".parse::<Device>().unwrap_err().to_string();
-        assert_eq!(error, "there is no device `cuda:3` here; available: cpu");
+        let names: Vec<String> = available.iter().map(Device::name).collect();
+        assert_eq!(error, format!("there is no device `cuda:3` here; available: {}", names.join(", ")));
     }
 }
