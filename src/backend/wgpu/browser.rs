@@ -24,7 +24,10 @@ fn words(bytes: &[u8]) -> Vec<u32> {
 /// The type of a storage buffer's elements, as the shader declares it.
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let line = text.lines().find(|line| line.contains("var<storage") && line.contains(&format!("> {name}:")))?;
-    line.split_once("array<")?.1.trim_end().trim_end_matches(';').strip_suffix('>')
+    let name = line.split_once("array<")?.1.trim_end().trim_end_matches(';').strip_suffix('>')?;
+    // It may have another name.
+    let alias = text.lines().find_map(|line| line.strip_prefix("alias ")?.strip_prefix(name)?.strip_prefix(" = "));
+    Some(alias.map_or(name, |of| of.trim_end_matches(';')))
 }
 
 fn launch(permutation: &Permutation, traced: &Traced) -> Value {
