@@ -1,5 +1,5 @@
-// Loops over similarity matrices that are stored, of the method that the fused loss is measured against. Of logits
-// (N, N), all of which fit one binding:
+// Loops over similarity matrices that are stored, of the method that the fused loss is measured against. Each matrix of
+// logits z (N, N) fits one binding.
 //
 //     omit_diagonal      logits[i, i] = NO_ENTRY
 //     row_statistics     statistics[first + i] = max_j z[i, j] and Σ_j exp(z[i, j] − max)
@@ -130,13 +130,14 @@ fn column_statistics(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invoca
 fn finish(@builtin(global_invocation_id) id: vec3<u32>) {
     let i = id.x;
     if (i < params.count) {
-        var all = vec2<f32>(NO_ENTRY, 0.0);
+        var total = vec2<f32>(NO_ENTRY, 0.0);
         for (var part = 0u; part < params.parts; part++) {
             let more = statistics[part * params.count + i];
-            let largest = max(all.x, more.x);
-            all = vec2<f32>(largest, all.y * exponential(all.x - largest) + more.y * exponential(more.x - largest));
+            let largest = max(total.x, more.x);
+            let known = total.y * exponential(total.x - largest);
+            total = vec2<f32>(largest, known + more.y * exponential(more.x - largest));
         }
-        let of_row = all.x + logarithm(all.y);
+        let of_row = total.x + logarithm(total.y);
         log_sum_exp[i] = of_row;
         losses[i] += params.weight * (of_row - logits[i * (params.count + 1u)]);
     }

@@ -1,5 +1,5 @@
-//! Launches of `shaders/materialised.wgsl`: what the method that stores its similarity matrices does beside products, for
-//! [`bench`](crate::bench). Nobody else stores such a matrix.
+//! Launches of `shaders/materialised.wgsl`: what the method that stores its similarity matrices does beside products,
+//! for [`bench`](crate::bench). Nobody else stores such a matrix.
 
 use super::Wgpu;
 use super::engine::{Engine, Launch};
@@ -11,9 +11,6 @@ use crate::error::DType;
 const GROUP: usize = 256;
 /// Rows of an invocation that writes gradients.
 const GRADIENT_ROWS: usize = 4;
-/// Parts that the rows of a matrix are cut into at most, and rows that one has at least, for statistics of columns.
-const MOST_PARTS: usize = 64;
-const SHORTEST_PART: usize = 16;
 
 fn engine(device: &Device) -> Result<&Engine> {
     Ok(&Wgpu::of("materialised", "device", device)?.engine)
@@ -45,7 +42,9 @@ pub(crate) fn log_sum_exp(
 ) -> Result<()> {
     let engine = engine(device)?;
     let count = positives.shape().rows();
-    let part = SHORTEST_PART.max(count.div_ceil(MOST_PARTS));
+    // An invocation reads four rows of its part at a time, and the one that finishes reads all parts: both wait for
+    // memory about as often.
+    let part = count.div_ceil(count.isqrt().div_ceil(2).max(1)).next_multiple_of(4).max(4);
     let parts_of = |columns: bool| if columns { count.div_ceil(part) } else { 1 };
     let parts: usize = entries.iter().map(|&(_, columns)| parts_of(columns)).sum();
     let statistics = engine.scratch(2 * parts * count, DType::F32)?;
