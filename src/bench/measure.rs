@@ -378,7 +378,7 @@ fn why_not_naive(objective: &Objective, rows: usize, device: &Device) -> Option<
     let most = MAXIMUM_NAIVE_BYTES as f64 / GIB;
     match naive_bytes(objective, rows) {
         Some(bytes) if bytes <= MAXIMUM_NAIVE_BYTES => {
-            let (matrix, most) = (4 * (rows * rows) as u64, loops.most_bytes(device));
+            let (matrix, most) = (4 * (rows * rows) as u64, loops.most_bytes());
             let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
             (matrix > most).then(|| {
                 let (matrix, most) = (mib(matrix), mib(most));

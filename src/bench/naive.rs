@@ -28,13 +28,13 @@ pub fn naive_bytes(objective: &Objective, rows: usize) -> Option<usize> {
 }
 
 /// Who loops over stored matrices; the functions are those of [`host`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Loops {
     /// This program, in memory of its own.
     Host,
-    /// Shaders.
+    /// Shaders, on a device.
     #[cfg(feature = "wgpu")]
-    Wgpu,
+    Wgpu(Device),
 }
 
 impl Loops {
@@ -42,32 +42,31 @@ impl Loops {
     pub(super) fn of(device: &Device) -> Option<Self> {
         #[cfg(feature = "wgpu")]
         if materialised::most_bytes(device).is_some() {
-            return Some(Self::Wgpu);
+            return Some(Self::Wgpu(device.clone()));
         }
         let is_host = device.zeros([1]).is_ok_and(|tensor| read::<f32>(OPERATION, "tensor", &tensor).is_ok());
         is_host.then_some(Self::Host)
     }
 
     /// The bytes of the largest matrix that they can loop over.
-    pub(super) fn most_bytes(self, device: &Device) -> u64 {
+    pub(super) fn most_bytes(&self) -> u64 {
         match self {
             Self::Host => u64::MAX,
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => materialised::most_bytes(device).unwrap_or(0),
+            Self::Wgpu(device) => materialised::most_bytes(device).unwrap_or(0),
         }
     }
 
-    fn omit_diagonal(self, device: &Device, logits: &mut Tensor) -> Result<()> {
+    fn omit_diagonal(&self, logits: &mut Tensor) -> Result<()> {
         match self {
             Self::Host => host::omit_diagonal(logits),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => materialised::omit_diagonal(device, logits),
+            Self::Wgpu(device) => materialised::omit_diagonal(device, logits),
         }
     }
 
     fn log_sum_exp(
-        self,
-        device: &Device,
+        &self,
         entries: &[(&Tensor, bool)],
         positives: &Tensor,
         weight: f32,
@@ -77,13 +76,12 @@ impl Loops {
         match self {
             Self::Host => host::log_sum_exp(entries, positives, weight, log_sum_exp, losses),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => materialised::log_sum_exp(device, entries, positives, weight, log_sum_exp, losses),
+            Self::Wgpu(device) => materialised::log_sum_exp(device, entries, positives, weight, log_sum_exp, losses),
         }
     }
 
     fn gradient(
-        self,
-        device: &Device,
+        &self,
         logits: &mut Tensor,
         rows: Option<(&Tensor, f32)>,
         columns: Option<(&Tensor, f32)>,
@@ -92,7 +90,7 @@ impl Loops {
         match self {
             Self::Host => host::gradient(logits, rows, columns, positive),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => materialised::gradient(device, logits, rows, columns, positive),
+            Self::Wgpu(device) => materialised::gradient(device, logits, rows, columns, positive),
         }
     }
 }
@@ -204,7 +202,7 @@ pub(super) fn forward_backward(
         product(device, &scaled, false, unit(sweep.columns), true, &mut logits, false)?;
         if sweep.is_gram() {
             // Nothing is compared with itself.
-            loops.omit_diagonal(device, &mut logits)?;
+            loops.omit_diagonal(&mut logits)?;
         }
         matrices.push(Matrix { sweep, logits });
     }
@@ -219,7 +217,7 @@ pub(super) fn forward_backward(
         let entries: Vec<(&Tensor, bool)> = matrices.iter().flat_map(|matrix| matrix.entries(p)).collect();
         let mut log_sum_exp = device.empty([n], DType::F32)?;
         let positives = &matrices[rectangle].logits;
-        loops.log_sum_exp(device, &entries, positives, *weight as f32, &mut log_sum_exp, &mut losses)?;
+        loops.log_sum_exp(&entries, positives, *weight as f32, &mut log_sum_exp, &mut losses)?;
         log_sum_exps.push(log_sum_exp);
     }
 
@@ -228,7 +226,7 @@ pub(super) fn forward_backward(
     for (number, Matrix { sweep, logits }) in matrices.iter_mut().enumerate() {
         let softmax = |partition: Option<usize>| partition.map(|p| (&log_sum_exps[p], weights[p] as f32));
         let positive = if number == rectangle { target } else { 0.0 };
-        loops.gradient(device, logits, softmax(sweep.row_partition), softmax(sweep.column_partition), positive)?;
+        loops.gradient(logits, softmax(sweep.row_partition), softmax(sweep.column_partition), positive)?;
         let gradient = &*logits;
         for (side, other, transposed) in [(sweep.rows, sweep.columns, false), (sweep.columns, sweep.rows, true)] {
             let unit = if other == Side::Queries { queries.unit.clone() } else { documents.unit.clone() };
