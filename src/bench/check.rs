@@ -145,14 +145,17 @@ mod tests {
 
     /// The result of a case and of the naive method.
     fn computed(case: &Case) -> (Objective, Values, Values) {
-        let device = Device::cpu();
+        computed_on(&Device::cpu(), case)
+    }
+
+    fn computed_on(device: &Device, case: &Case) -> (Objective, Values, Values) {
         let objective = Objective::named(&case.objective).unwrap();
         let (queries, documents) = case.embeddings();
-        let tensor = |values: &[f32]| case.precision.tensor(&device, values, [case.rows, case.width]).unwrap();
+        let tensor = |values: &[f32]| case.precision.tensor(device, values, [case.rows, case.width]).unwrap();
         let (queries, documents) = (tensor(&queries), tensor(&documents));
-        let out = objective.forward_backward(&device, Batch::new(&queries, &documents)).unwrap();
+        let out = objective.forward_backward(device, Batch::new(&queries, &documents)).unwrap();
         let found = Values::new(out.loss.to_scalar().unwrap(), &out.d_queries, &out.d_documents).unwrap();
-        let naive = naive::forward_backward(&objective, &device, &queries, &documents).unwrap();
+        let naive = naive::forward_backward(&objective, device, &queries, &documents).unwrap();
         let naive = Values::new(naive.loss, &naive.d_queries, &naive.d_documents).unwrap();
         (objective, found, naive)
     }
@@ -189,6 +192,25 @@ mod tests {
             assert!(how == Checked::Naive && error < 1e-4, "{error}");
             let (how, error) = checked(&case, &found, None).unwrap();
             assert!(how == Checked::SubBatch && error < 1e-5, "{error}");
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn both_methods_agree_on_the_first_device_of_wgpu() {
+        let Ok(device) = "wgpu".parse::<Device>() else { return println!("skipped: no device") };
+        let objectives = ["infonce", "symmetric", "samtone", "samtone-bidirectional", "nt-xent", "gte"];
+        let objectives = objectives.map(String::from).to_vec();
+        // More rows than a part of columns has, than a workgroup, and than one pass over a row.
+        let grid = Grid { objectives, rows: vec![1, 2, 33, 300, 1100], widths: vec![7], ..Grid::default() };
+        for case in grid.cases().unwrap() {
+            let (objective, found, naive) = computed_on(&device, &case);
+            let error = found.error(&naive, natural(&objective, &case.embeddings().0, case.rows));
+            assert!(error < if case.rows < 33 { TOLERANCE } else { 1e-5 }, "{case}: {error}");
+            if case.rows <= 300 {
+                let (checked, error) = checked(&case, &naive, None).unwrap();
+                assert_eq!(checked, Checked::Definition, "{case}: {error}");
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::check::{Checked, Values, check};
-use super::naive::{self, MAXIMUM_NAIVE_BYTES, Naive, naive_bytes};
+use super::naive::{self, Loops, MAXIMUM_NAIVE_BYTES, Naive, naive_bytes};
 use super::statistics::{Spreads, median, spread};
 use super::{Case, Grid, Precision, matrices, minimal_flops};
 use crate::backend::cpu::Cpu;
@@ -160,14 +160,14 @@ pub fn run(settings: &Settings, device: &Device, watcher: &mut dyn Watcher) -> R
         description: device.description(),
         version: env!("CARGO_PKG_VERSION").into(),
         matmul_gflops,
-        threads: naive::is_possible_on(device).then(rayon::current_num_threads),
+        threads: naive::is_host(device).then(rayon::current_num_threads),
         measurements,
     })
 }
 
 /// The same device; if it is the processor, with memory of its own that is given back when the device is dropped.
 fn fresh(device: &Device) -> Device {
-    if naive::is_possible_on(device) { Device::new(Cpu::new()) } else { device.clone() }
+    if naive::is_host(device) { Device::new(Cpu::new()) } else { device.clone() }
 }
 
 /// Does something and says how many seconds it took.
@@ -323,7 +323,7 @@ fn measure(
         let bytes = watcher.peak_bytes(&mut || result = work(&ready));
         result?;
         // What the program allocates says nothing about the memory of another device.
-        Ok(bytes.filter(|_| naive::is_possible_on(device)).map(|bytes| bytes.saturating_sub(gradient_bytes)))
+        Ok(bytes.filter(|_| naive::is_host(device)).map(|bytes| bytes.saturating_sub(gradient_bytes)))
     };
     let peak_extra_bytes = peak(|ready| ready.forward_backward().map(drop))?;
     let naive_peak_extra_bytes = match naive_skipped {
@@ -369,15 +369,22 @@ fn measure(
 /// Why the naive method is left out, if it is.
 fn why_not_naive(objective: &Objective, rows: usize, device: &Device) -> Option<String> {
     const GIB: f64 = (1 << 30) as f64;
-    if !naive::is_possible_on(device) {
+    let Some(loops) = Loops::of(device) else {
         return Some(format!("{device} lacks operations that it needs"));
-    }
+    };
     if !objective.plan(false, &Relations::default()).row_sweeps.is_empty() {
         return Some("it knows plain softmaxes over whole blocks alone".into());
     }
     let most = MAXIMUM_NAIVE_BYTES as f64 / GIB;
     match naive_bytes(objective, rows) {
-        Some(bytes) if bytes <= MAXIMUM_NAIVE_BYTES => None,
+        Some(bytes) if bytes <= MAXIMUM_NAIVE_BYTES => {
+            let (matrix, most) = (4 * (rows * rows) as u64, loops.most_bytes());
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            (matrix > most).then(|| {
+                let (matrix, most) = (mib(matrix), mib(most));
+                format!("a similarity matrix takes {matrix:.0} MiB, and {device} can bind {most:.0} MiB at a time")
+            })
+        }
         Some(bytes) => {
             Some(format!("its similarity matrices would take {:.1} GiB, more than {most} GiB", bytes as f64 / GIB))
         }
@@ -402,6 +409,16 @@ mod tests {
         assert_eq!(reason(16_384), None);
         assert_eq!(reason(32_768).unwrap(), "its similarity matrices would take 8.0 GiB, more than 2 GiB");
         assert!(reason(usize::MAX).unwrap().contains("more than 2 GiB"));
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn the_naive_method_stays_within_a_binding() {
+        let Ok(device) = "wgpu,default-limits".parse::<Device>() else { return println!("skipped: no device") };
+        let reason = |rows| why_not_naive(&Objective::samtone(), rows, &device);
+        assert_eq!(reason(5792), None);
+        assert!(reason(8192).unwrap().starts_with("a similarity matrix takes 256 MiB, and wgpu"));
+        assert!(reason(32_768).unwrap().contains("more than 2 GiB"));
     }
 
     /// Memory as a watcher says it, without what is handed out.

@@ -2,37 +2,102 @@
 //! gradients.
 //!
 //! It is written with care, so that what it is compared with has something to beat: products are the device's own,
-//! all loops run on all threads with the same vector code as the fused kernels, and the gradient of a matrix replaces
-//! the matrix.
+//! the loops over matrices are written for the device as the fused kernels are, nothing is waited for before the end,
+//! and the gradient of a matrix replaces the matrix.
 
-use rayon::prelude::*;
+mod host;
 
 use super::matrices;
-use crate::backend::cpu::buffer::{read, write};
-use crate::backend::cpu::simd::{exp, largest_of, sum_of, vectorised};
-use crate::backend::operations::{Activation, Add, L2NormBackward, L2NormForward, MatMul, Scale};
+use crate::backend::cpu::buffer::read;
+use crate::backend::operations::{Activation, Copy, L2NormBackward, L2NormForward, MatMul, Scale, Sum};
+#[cfg(feature = "wgpu")]
+use crate::backend::wgpu::materialised;
 use crate::error::DType;
-use crate::objective::Tower;
-use crate::objective::plan::Side;
+use crate::objective::plan::{Side, Sweep};
 use crate::objective::relations::Relations;
-use crate::{Device, Objective, Result, Similarity, Tensor};
+use crate::{Device, Error, Objective, Result, Similarity, Tensor};
 
 const OPERATION: &str = "naive loss";
 
 /// The naive method is left out where its matrices would take more than this.
 pub const MAXIMUM_NAIVE_BYTES: usize = 2 << 30;
 
-/// Columns that one task works on.
-const TASK_COLUMNS: usize = 256;
-
 /// What the similarity matrices of a batch take in single precision; `None` if that is more than can be counted.
 pub fn naive_bytes(objective: &Objective, rows: usize) -> Option<usize> {
     rows.checked_mul(rows)?.checked_mul(4)?.checked_mul(matrices(objective).len())
 }
 
-/// Whether a device's memory is the program's own, which is where this method can run.
-pub(super) fn is_possible_on(device: &Device) -> bool {
-    device.zeros([1]).is_ok_and(|tensor| read::<f32>(OPERATION, "tensor", &tensor).is_ok())
+/// Who loops over stored matrices; the functions are those of [`host`].
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Loops {
+    /// This program, in memory of its own.
+    Host,
+    /// Shaders, on a device.
+    #[cfg(feature = "wgpu")]
+    Wgpu(Device),
+}
+
+impl Loops {
+    /// Those that can loop over a device's matrices.
+    pub(super) fn of(device: &Device) -> Option<Self> {
+        #[cfg(feature = "wgpu")]
+        if materialised::most_bytes(device).is_some() {
+            return Some(Self::Wgpu(device.clone()));
+        }
+        let is_host = device.zeros([1]).is_ok_and(|tensor| read::<f32>(OPERATION, "tensor", &tensor).is_ok());
+        is_host.then_some(Self::Host)
+    }
+
+    /// The bytes of the largest matrix that they can loop over.
+    pub(super) fn most_bytes(&self) -> u64 {
+        match self {
+            Self::Host => u64::MAX,
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(device) => materialised::most_bytes(device).unwrap_or(0),
+        }
+    }
+
+    fn omit_diagonal(&self, logits: &mut Tensor) -> Result<()> {
+        match self {
+            Self::Host => host::omit_diagonal(logits),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(device) => materialised::omit_diagonal(device, logits),
+        }
+    }
+
+    fn log_sum_exp(
+        &self,
+        entries: &[(&Tensor, bool)],
+        positives: &Tensor,
+        weight: f32,
+        log_sum_exp: &mut Tensor,
+        losses: &mut Tensor,
+    ) -> Result<()> {
+        match self {
+            Self::Host => host::log_sum_exp(entries, positives, weight, log_sum_exp, losses),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(device) => materialised::log_sum_exp(device, entries, positives, weight, log_sum_exp, losses),
+        }
+    }
+
+    fn gradient(
+        &self,
+        logits: &mut Tensor,
+        rows: Option<(&Tensor, f32)>,
+        columns: Option<(&Tensor, f32)>,
+        positive: f32,
+    ) -> Result<()> {
+        match self {
+            Self::Host => host::gradient(logits, rows, columns, positive),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(device) => materialised::gradient(device, logits, rows, columns, positive),
+        }
+    }
+}
+
+/// Whether a device's memory is the program's own.
+pub(super) fn is_host(device: &Device) -> bool {
+    Loops::of(device) == Some(Loops::Host)
 }
 
 /// The loss and its gradients.
@@ -74,62 +139,6 @@ impl Embeddings {
     }
 }
 
-/// Where a partition reads a matrix.
-struct Use {
-    matrix: usize,
-    partition: usize,
-    /// Whether row i of the partition is column i of the matrix.
-    columns: bool,
-}
-
-vectorised! {
-    fn largest(logits: &[f32], start: f32) -> f32 {
-        largest_of(logits.len(), start, |i| logits[i])
-    }
-}
-
-vectorised! {
-    fn exponentials(logits: &[f32], maximum: f32) -> f32 {
-        sum_of(logits.len(), |i| exp::<FUSED>(logits[i] - maximum))
-    }
-}
-
-vectorised! {
-    /// The largest logit of each column, so far.
-    fn raise(logits: &[f32], largest: &mut [f32]) {
-        for (largest, z) in largest.iter_mut().zip(logits) {
-            *largest = if *z > *largest { *z } else { *largest };
-        }
-    }
-}
-
-vectorised! {
-    /// Adds the exponentials of a row to the sums of its columns.
-    fn add_exponentials(logits: &[f32], maximum: &[f32], sums: &mut [f32]) {
-        for ((sum, z), maximum) in sums.iter_mut().zip(logits).zip(maximum) {
-            *sum += exp::<FUSED>(*z - *maximum);
-        }
-    }
-}
-
-vectorised! {
-    /// Adds the gradient of the softmax that a row of logits stands in.
-    fn add_row_softmax(logits: &[f32], log_sum_exp: f32, weight: f32, gradient: &mut [f32]) {
-        for (gradient, z) in gradient.iter_mut().zip(logits) {
-            *gradient += weight * exp::<FUSED>(*z - log_sum_exp);
-        }
-    }
-}
-
-vectorised! {
-    /// Adds the gradients of the softmaxes that the columns of a row of logits stand in.
-    fn add_column_softmax(logits: &[f32], log_sum_exp: &[f32], weight: f32, gradient: &mut [f32]) {
-        for ((gradient, z), log_sum_exp) in gradient.iter_mut().zip(logits).zip(log_sum_exp) {
-            *gradient += weight * exp::<FUSED>(*z - *log_sum_exp);
-        }
-    }
-}
-
 fn product(
     device: &Device,
     a: &Tensor,
@@ -151,135 +160,85 @@ fn product(
     })
 }
 
-/// The largest logit of each row of a partition and the sum of all exponentials beside it, as log-sum-exps.
-fn log_sum_exp(uses: &[(&[f32], bool)], n: usize) -> Vec<f32> {
-    let mut maximum = vec![f32::NEG_INFINITY; n];
-    for &(logits, columns) in uses {
-        if columns {
-            maximum.par_chunks_mut(TASK_COLUMNS).enumerate().for_each(|(task, maximum)| {
-                let first = task * TASK_COLUMNS;
-                logits.chunks_exact(n).for_each(|row| raise(&row[first..first + maximum.len()], maximum));
-            });
-        } else {
-            logits.par_chunks_exact(n).zip(&mut maximum).for_each(|(row, maximum)| *maximum = largest(row, *maximum));
-        }
-    }
-    let mut sums = vec![0.0f32; n];
-    for &(logits, columns) in uses {
-        if columns {
-            let tasks = sums.par_chunks_mut(TASK_COLUMNS).zip(maximum.par_chunks(TASK_COLUMNS)).enumerate();
-            tasks.for_each(|(task, (sums, maximum))| {
-                let first = task * TASK_COLUMNS;
-                logits.chunks_exact(n).for_each(|row| add_exponentials(&row[first..first + sums.len()], maximum, sums));
-            });
-        } else {
-            let rows = logits.par_chunks_exact(n).zip(&mut sums).zip(&maximum);
-            rows.for_each(|((row, sum), &maximum)| *sum += exponentials(row, maximum));
-        }
-    }
-    maximum.iter().zip(&sums).map(|(maximum, sum)| maximum + sum.ln()).collect()
+/// A similarity matrix, and the partitions that its rows and columns stand in.
+struct Matrix {
+    sweep: Sweep,
+    logits: Tensor,
 }
 
-/// The tower of a side of a sweep; there are no hard negatives here.
-fn tower(side: Side) -> Tower {
-    if side == Side::Queries { Tower::Query } else { Tower::Document }
+impl Matrix {
+    /// How its entries stand in the rows of a partition: as they are, or with its columns for rows.
+    fn entries(&self, partition: usize) -> impl Iterator<Item = (&Tensor, bool)> {
+        let uses = [(self.sweep.row_partition, false), (self.sweep.column_partition, true)];
+        uses.into_iter().filter(move |(of, _)| *of == Some(partition)).map(|(_, columns)| (&self.logits, columns))
+    }
 }
 
-/// Computes the loss of queries and documents (N, d) and its gradients, on a device for which [`is_possible_on`].
+/// Computes the loss of queries and documents (N, d) and its gradients, on a device that [`Loops`] know and for an
+/// objective of plain softmaxes over whole blocks.
 pub(super) fn forward_backward(
     objective: &Objective,
     device: &Device,
     queries: &Tensor,
     documents: &Tensor,
 ) -> Result<Naive> {
+    let unsupported = || Error::Unsupported { operation: OPERATION, device: device.name() };
+    let loops = Loops::of(device).ok_or_else(unsupported)?;
     let n = queries.shape().rows();
     let kind = objective.similarity_kind();
     let mut queries = Embeddings::new(device, queries, kind)?;
     let mut documents = Embeddings::new(device, documents, kind)?;
     let scale = device.tensor(&[objective.log_scale().exp() as f32], [1])?;
 
-    let names = matrices(objective);
-    let mut stored = Vec::with_capacity(names.len());
-    for &(rows, columns) in &names {
-        let side = |side| if side == Tower::Query { &queries.unit } else { &documents.unit };
-        let mut scaled = device.zeros(side(rows).shape().clone())?;
-        device.add(Add { input: side(rows), output: &mut scaled })?;
+    let mut matrices = Vec::new();
+    for sweep in objective.plan(false, &Relations::default()).sweeps {
+        let unit = |side| if side == Side::Queries { &queries.unit } else { &documents.unit };
+        let (input, elements) = (unit(sweep.rows), unit(sweep.rows).elements());
+        let mut scaled = device.empty(input.shape().clone(), DType::F32)?;
+        let output = &mut scaled;
+        device.copy(Copy { input, input_offset: 0, output, output_offset: 0, elements, accumulate: false })?;
         device.scale(Scale { factor: &scale, output: &mut scaled })?;
         let mut logits = device.empty([n, n], DType::F32)?;
-        product(device, &scaled, false, side(columns), true, &mut logits, false)?;
-        if rows == columns {
+        product(device, &scaled, false, unit(sweep.columns), true, &mut logits, false)?;
+        if sweep.is_gram() {
             // Nothing is compared with itself.
-            write::<f32>(OPERATION, "logits", &mut logits)?
-                .iter_mut()
-                .step_by(n + 1)
-                .for_each(|z| *z = f32::NEG_INFINITY);
+            loops.omit_diagonal(&mut logits)?;
         }
-        stored.push(logits);
+        matrices.push(Matrix { sweep, logits });
     }
-
-    let uses: Vec<Use> = objective
-        .plan(false, &Relations::default())
-        .sweeps
-        .iter()
-        .flat_map(|sweep| {
-            let matrix = names.iter().position(|&names| names == (tower(sweep.rows), tower(sweep.columns)));
-            let of =
-                move |partition: Option<usize>, columns| Some(Use { matrix: matrix?, partition: partition?, columns });
-            [of(sweep.row_partition, false), of(sweep.column_partition, true)]
-        })
-        .flatten()
-        .collect();
-
-    let logits = stored.iter().map(|logits| read::<f32>(OPERATION, "logits", logits)).collect::<Result<Vec<_>>>()?;
-    let positives: Vec<f32> = match names.iter().position(|&(rows, columns)| rows != columns) {
-        Some(rectangle) => logits[rectangle].iter().copied().step_by(n + 1).collect(),
-        None => Vec::new(),
+    let Some(rectangle) = matrices.iter().position(|matrix| !matrix.sweep.is_gram()) else {
+        return Err(Error::value(OPERATION, "objective", "compares no queries with documents"));
     };
-    let mut loss = 0.0;
+
+    let mut losses = device.zeros([n])?;
     let mut log_sum_exps = Vec::new();
-    for (p, partition) in objective.partitions().iter().enumerate() {
-        let uses: Vec<(&[f32], bool)> =
-            uses.iter().filter(|of| of.partition == p).map(|of| (logits[of.matrix], of.columns)).collect();
-        let log_sum_exp = log_sum_exp(&uses, n);
-        let rows = log_sum_exp.iter().zip(&positives).map(|(log_sum_exp, z)| f64::from(log_sum_exp - z));
-        loss += partition.weight / n as f64 * rows.sum::<f64>();
+    let weights: Vec<f64> = objective.partitions().iter().map(|partition| partition.weight / n as f64).collect();
+    for (p, weight) in weights.iter().enumerate() {
+        let entries: Vec<(&Tensor, bool)> = matrices.iter().flat_map(|matrix| matrix.entries(p)).collect();
+        let mut log_sum_exp = device.empty([n], DType::F32)?;
+        let positives = &matrices[rectangle].logits;
+        loops.log_sum_exp(&entries, positives, *weight as f32, &mut log_sum_exp, &mut losses)?;
         log_sum_exps.push(log_sum_exp);
     }
 
     // The targets of each partition sum to one, and all of them are positives.
-    let target: f64 = objective.partitions().iter().map(|partition| partition.weight / n as f64).sum();
-    for (matrix, (tensor, &(rows, columns))) in stored.iter_mut().zip(&names).enumerate() {
-        let uses: Vec<&Use> = uses.iter().filter(|of| of.matrix == matrix).collect();
-        let logits = write::<f32>(OPERATION, "logits", tensor)?;
-        logits.par_chunks_exact_mut(n).enumerate().for_each_init(
-            || vec![0.0f32; n],
-            |gradient, (i, logits)| {
-                gradient.fill(0.0);
-                for of in &uses {
-                    let weight = (objective.partitions()[of.partition].weight / n as f64) as f32;
-                    let log_sum_exp = &log_sum_exps[of.partition];
-                    if of.columns {
-                        add_column_softmax(logits, log_sum_exp, weight, gradient);
-                    } else {
-                        add_row_softmax(logits, log_sum_exp[i], weight, gradient);
-                    }
-                }
-                if rows != columns {
-                    gradient[i] -= target as f32;
-                }
-                logits.copy_from_slice(gradient);
-            },
-        );
-        let gradient = &*tensor;
-        let (rows_are_queries, columns_are_queries) = (rows == Tower::Query, columns == Tower::Query);
-        let tower = |is_queries: bool| if is_queries { &queries.unit } else { &documents.unit };
-        let (row_units, column_units) = (tower(rows_are_queries).clone(), tower(columns_are_queries).clone());
-        let d_rows = if rows_are_queries { &mut queries.gradient } else { &mut documents.gradient };
-        product(device, gradient, false, &column_units, false, d_rows, true)?;
-        let d_columns = if columns_are_queries { &mut queries.gradient } else { &mut documents.gradient };
-        product(device, gradient, true, &row_units, false, d_columns, true)?;
+    let target = weights.iter().sum::<f64>() as f32;
+    for (number, Matrix { sweep, logits }) in matrices.iter_mut().enumerate() {
+        let softmax = |partition: Option<usize>| partition.map(|p| (&log_sum_exps[p], weights[p] as f32));
+        let positive = if number == rectangle { target } else { 0.0 };
+        loops.gradient(logits, softmax(sweep.row_partition), softmax(sweep.column_partition), positive)?;
+        let gradient = &*logits;
+        for (side, other, transposed) in [(sweep.rows, sweep.columns, false), (sweep.columns, sweep.rows, true)] {
+            let unit = if other == Side::Queries { queries.unit.clone() } else { documents.unit.clone() };
+            let output = if side == Side::Queries { &mut queries.gradient } else { &mut documents.gradient };
+            product(device, gradient, transposed, &unit, false, output, true)?;
+        }
     }
     device.scale(Scale { factor: &scale, output: &mut queries.gradient })?;
     device.scale(Scale { factor: &scale, output: &mut documents.gradient })?;
-    Ok(Naive { loss: loss as f32, d_queries: queries.backward(device)?, d_documents: documents.backward(device)? })
+    let (d_queries, d_documents) = (queries.backward(device)?, documents.backward(device)?);
+    let mut loss = device.empty([1], DType::F32)?;
+    device.sum(Sum { input: &losses, factor: 1.0, output: &mut loss, accumulate: false })?;
+    // Operations run in order: this waits for the gradients too.
+    Ok(Naive { loss: loss.to_scalar()?, d_queries, d_documents })
 }

@@ -61,7 +61,8 @@ What the numbers mean:
             infonce and symmetric, 2 in samtone, 3 in the others), however the method computes it
   share     GFLOP/s as a share of what a product of two large float32 matrices reaches
   MB        what one computation allocates at most at a time, beyond embeddings and gradients
-  naive     total and MB of the naive method; none where its matrices would take over 2 GiB
+  naive     total and MB of the naive method; none where its matrices would take over 2 GiB,
+            or one of them more than the device binds at a time
   error     largest relative error of the loss and of each gradient; above 1e-3 it is a failure
 
 What was timed is checked: up to N = 512 (less where d is over 512) against the definition in double precision, else \

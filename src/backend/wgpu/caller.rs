@@ -126,7 +126,7 @@ impl Wgpu {
         Self::of("record", "device", device)?.engine.record(encoder, ask)
     }
 
-    fn of<'a>(operation: &'static str, argument: &'static str, device: &'a Device) -> Result<&'a Self> {
+    pub(super) fn of<'a>(operation: &'static str, argument: &'static str, device: &'a Device) -> Result<&'a Self> {
         device.backend::<Self>().ok_or_else(|| other_device(operation, argument, device))
     }
 }

@@ -25,6 +25,8 @@ mod engine;
 mod gelu;
 mod l2_norm;
 mod layer_norm;
+#[cfg(feature = "train")]
+pub(crate) mod materialised;
 mod matmul;
 mod merge_statistics;
 mod pair_scores;

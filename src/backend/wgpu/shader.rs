@@ -41,6 +41,7 @@ sources! {
     "gelu",
     "l2_norm",
     "layer_norm",
+    "materialised",
     "matmul",
     "merge_statistics",
     "pair_scores",
