@@ -27,6 +27,16 @@
 //     own_products                          32 invocations for each row and column
 //     owners, own_anchors, own_candidates   an invocation for each element
 
+#ifdef OWN_PRODUCTS
+#define OWN_VALUES
+#endif
+#ifdef OWN_ANCHORS
+#define OWN_VALUES
+#endif
+#ifdef OWN_CANDIDATES
+#define OWN_VALUES
+#endif
+
 #import groups
 #import numerics
 #ifdef OWN_PRODUCTS
@@ -71,29 +81,7 @@ struct Params {
     margin: f32,
     count: u32,
 #endif
-#ifdef OWN_PRODUCTS
-    groups: u32,
-    at_width: u32,
-    segment: u32,
-    segment_width: u32,
-    embedding: u32,
-    first_candidate: u32,
-    end_candidate: u32,
-    anchors_base: u32,
-    candidates_base: u32,
-#endif
-#ifdef OWN_ANCHORS
-    groups: u32,
-    at_width: u32,
-    segment: u32,
-    segment_width: u32,
-    embedding: u32,
-    first_candidate: u32,
-    end_candidate: u32,
-    anchors_base: u32,
-    candidates_base: u32,
-#endif
-#ifdef OWN_CANDIDATES
+#ifdef OWN_VALUES
     groups: u32,
     at_width: u32,
     segment: u32,
