@@ -227,13 +227,26 @@ impl Engine {
             #[cfg(test)]
             trace: Mutex::default(),
         };
-        if matrices != Matrices::None && !matmul::matrices_hold(&engine, matrices)? {
+        if matrices != Matrices::None && !engine.tried(matmul::matrices_hold(&engine, matrices)).unwrap_or(false) {
             engine.matrices = Matrices::None;
         }
         if engine.device.features().contains(wgpu::Features::SUBGROUP) {
-            engine.pipelines.use_subgroups(engine.probe_subgroups()?);
+            engine.pipelines.use_subgroups(engine.tried(engine.probe_subgroups()).unwrap_or(0));
         }
+        engine.check()?;
         Ok(engine)
+    }
+
+    /// What came of trying a way of computing; none if the driver refuses it, which is forgotten then: there are others.
+    pub(super) fn tried<T>(&self, found: Result<T>) -> Option<T> {
+        if found.is_err() {
+            let mut record = lock(&self.record);
+            record.commands.clear();
+            record.params.clear();
+            record.uploads.clear();
+            lock(&self.failure).take_if(|failure| matches!(failure, Failure::Other(_)));
+        }
+        found.ok()
     }
 
     /// How many invocations the device's subgroups have; 0 if shaders cannot use them: they count on subgroups of one

@@ -343,3 +343,24 @@ pub(super) fn matrices_hold(engine: &Engine, matrices: Matrices) -> Result<bool>
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use ::wgpu;
+
+    use super::*;
+    use crate::Device;
+    use crate::backend::wgpu::{Settings, Wgpu};
+
+    #[test]
+    fn matrices_that_the_driver_refuses_leave_the_device_usable() {
+        let Ok(opened) = Wgpu::open(0, Settings::default()) else { return println!("skipped: there is no device") };
+        let engine = &opened.engine;
+        let has = engine.device.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        let found = engine.tried(matrices_hold(engine, Matrices::Cooperative));
+        assert_eq!(found.is_some(), has);
+        assert!(matrices_hold(engine, Matrices::None).unwrap());
+        let device = Device::new(opened);
+        assert_eq!(device.tensor(&[1.0f32, 2.0], [2]).unwrap().to_host::<f32>().unwrap(), [1.0, 2.0]);
+    }
+}
