@@ -10,6 +10,8 @@
 //! * [`philox`]: the random numbers that are the same on every device.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) mod gpu;
 pub(crate) mod guards;
 pub mod operations;
 mod packed;
@@ -30,6 +32,16 @@ pub use tensor::{Buffer, Element, Tensor};
 
 use crate::error::{DType, Shape};
 use crate::{Error, Result};
+
+/// What runs the launches of a device that is a GPU.
+#[cfg(all(feature = "train", any(feature = "cuda", feature = "wgpu")))]
+pub(crate) fn engine_of(device: &Device) -> Option<&dyn gpu::Engine> {
+    #[cfg(feature = "wgpu")]
+    if let Some(wgpu) = device.backend::<wgpu::Wgpu>() {
+        return Some(wgpu.engine());
+    }
+    None
+}
 
 macro_rules! backend {
     ($($(#[$doc:meta])* $operation:ident($arguments:ident);)*) => {

@@ -9,9 +9,9 @@ mod host;
 
 use super::matrices;
 use crate::backend::cpu::buffer::read;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use crate::backend::gpu::{Engine, materialised};
 use crate::backend::operations::{Activation, Copy, L2NormBackward, L2NormForward, MatMul, Scale, Sum};
-#[cfg(feature = "wgpu")]
-use crate::backend::wgpu::materialised;
 use crate::error::DType;
 use crate::objective::plan::{Side, Sweep};
 use crate::objective::relations::Relations;
@@ -32,17 +32,17 @@ pub fn naive_bytes(objective: &Objective, rows: usize) -> Option<usize> {
 pub(super) enum Loops {
     /// This program, in memory of its own.
     Host,
-    /// Shaders, on a device.
-    #[cfg(feature = "wgpu")]
-    Wgpu(Device),
+    /// Shaders or kernels, on a device.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    Gpu(Device),
 }
 
 impl Loops {
     /// Those that can loop over a device's matrices.
     pub(super) fn of(device: &Device) -> Option<Self> {
-        #[cfg(feature = "wgpu")]
-        if materialised::most_bytes(device).is_some() {
-            return Some(Self::Wgpu(device.clone()));
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if crate::backend::engine_of(device).is_some() {
+            return Some(Self::Gpu(device.clone()));
         }
         let is_host = device.zeros([1]).is_ok_and(|tensor| read::<f32>(OPERATION, "tensor", &tensor).is_ok());
         is_host.then_some(Self::Host)
@@ -52,16 +52,16 @@ impl Loops {
     pub(super) fn most_bytes(&self) -> u64 {
         match self {
             Self::Host => u64::MAX,
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu(device) => materialised::most_bytes(device).unwrap_or(0),
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            Self::Gpu(device) => crate::backend::engine_of(device).map_or(0, Engine::most_bound_bytes),
         }
     }
 
     fn omit_diagonal(&self, logits: &mut Tensor) -> Result<()> {
         match self {
             Self::Host => host::omit_diagonal(logits),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu(device) => materialised::omit_diagonal(device, logits),
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            Self::Gpu(device) => materialised::omit_diagonal(engine(device)?, logits),
         }
     }
 
@@ -75,8 +75,10 @@ impl Loops {
     ) -> Result<()> {
         match self {
             Self::Host => host::log_sum_exp(entries, positives, weight, log_sum_exp, losses),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu(device) => materialised::log_sum_exp(device, entries, positives, weight, log_sum_exp, losses),
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            Self::Gpu(device) => {
+                materialised::log_sum_exp(engine(device)?, entries, positives, weight, log_sum_exp, losses)
+            }
         }
     }
 
@@ -89,10 +91,15 @@ impl Loops {
     ) -> Result<()> {
         match self {
             Self::Host => host::gradient(logits, rows, columns, positive),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu(device) => materialised::gradient(device, logits, rows, columns, positive),
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            Self::Gpu(device) => materialised::gradient(engine(device)?, logits, rows, columns, positive),
         }
     }
+}
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn engine(device: &Device) -> Result<&dyn Engine> {
+    crate::backend::engine_of(device).ok_or_else(|| Error::value(OPERATION, "device", "is no GPU"))
 }
 
 /// Whether a device's memory is the program's own.

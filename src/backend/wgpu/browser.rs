@@ -10,8 +10,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::engine::Traced;
-use super::shader::{self, Permutation};
+use super::shader;
 use super::{Settings, Wgpu};
+use crate::backend::gpu::Permutation;
 use crate::{Device, conformance};
 
 /// Launches that bind more bytes than this are left out.

@@ -10,7 +10,6 @@
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,8 +20,10 @@ use super::buffer::{self, Pool, WgpuBuffer};
 use super::matmul;
 use super::pipeline::{Pipeline, Pipelines};
 use super::profile::Profile;
-use super::shader::{Permutation, Scalar};
-use crate::backend::{Tensor, guards};
+#[cfg(test)]
+use crate::backend::gpu::Permutation;
+use crate::backend::gpu::{self, Groups, Launch, MOST_GROUPS, Scratch};
+use crate::backend::{Buffer, guards};
 use crate::error::DType;
 use crate::{Error, Result};
 
@@ -36,8 +37,6 @@ const RECORDED_LAUNCHES: usize = 256;
 const AHEAD: usize = 4;
 /// Uploads of more bytes than this do not go through the record.
 const LARGE_UPLOAD: usize = 1 << 20;
-/// Workgroups in one direction that every device allows.
-pub(super) const MOST_GROUPS: usize = 65_535;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -264,6 +263,11 @@ impl Engine {
         Ok(if size.is_power_of_two() && (4..=128).contains(&size) && holds { size } else { 0 })
     }
 
+    /// A buffer as this backend's.
+    fn raw<'b>(&self, buffer: &'b dyn Buffer) -> Result<&'b WgpuBuffer> {
+        buffer::raw(buffer).ok_or_else(|| self.broken("a buffer lives on another device"))
+    }
+
     /// Something that should not have happened.
     pub(super) fn broken(&self, reason: impl Into<String>) -> Error {
         Error::Device { device: self.title.clone(), reason: reason.into() }
@@ -285,7 +289,7 @@ impl Engine {
 
     /// Room for values that an operation needs while it runs.
     pub(super) fn scratch(&self, elements: usize, dtype: DType) -> Result<Scratch> {
-        Ok(Scratch { buffer: self.allocate(elements, dtype)?, elements })
+        Ok(Scratch { buffer: Box::new(self.allocate(elements, dtype)?), elements })
     }
 
     /// Room for values.
@@ -342,33 +346,47 @@ impl Engine {
         if self.is_hardware() { 256 } else { 8 }
     }
 
-    /// Values of a workspace: so many, or fewer if the device was opened with fewer.
-    pub(super) fn workspace(&self, values: usize) -> usize {
-        self.settings.workspace.map_or(values, |most| values.min(most))
-    }
-
-    /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
-    pub(super) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        // A binding may begin up to 63 elements before its run.
-        let most = (self.limits.max_storage_buffer_binding_size / 4) as usize - 64;
-        let fit = (most / width.max(1)).min(1 << 28);
-        let step = if fit > 4096 { fit - fit % 4096 } else { fit.max(1) };
-        (0..rows).step_by(step).map(move |first| first..rows.min(first + step))
-    }
-
     /// Records a launch.
-    pub(super) fn launch(&self, launch: Launch<'_>) -> Result<()> {
-        if let Some(error) = launch.error {
-            return Err(error);
+    pub(super) fn launch(&self, mut launch: Launch<'_>) -> Result<()> {
+        launch.check()?;
+        let mut bound = Vec::with_capacity(launch.bound.len());
+        for gpu::Bound { name, buffer, bytes, part, writes, .. } in std::mem::take(&mut launch.bound) {
+            let buffer = self.raw(buffer)?;
+            let whole = (bytes.next_multiple_of(4) as u64).max(4);
+            let (offset, bytes) = match part {
+                None => (0, whole),
+                Some((range, base)) => {
+                    // Offsets of bindings are multiples of 256 bytes; what lies between is an offset of elements.
+                    let first = range.start - range.start % 64;
+                    launch = launch.size(base, range.start - first);
+                    (4 * first as u64, (4 * (range.end - first) as u64).max(4))
+                }
+            };
+            // Guard words that follow can be written then, and that is noticed.
+            let guard = buffer.guard().filter(|guard| guard.start == offset + bytes);
+            let bytes = guard.map_or(bytes, |guard| guard.end - offset);
+            bound.push(Bound { name, buffer, offset, bytes, writes });
         }
-        if launch.groups.contains(&0) {
+        let groups = match launch.groups {
+            Groups::Grid(groups) => groups,
+            // They are numbered `workgroup_id.x + workgroup_id.y * num_workgroups.x`, and those beyond the parameter
+            // `groups` have nothing to do.
+            Groups::Row(count) => {
+                launch = launch.size("groups", count);
+                let y = count.div_ceil(MOST_GROUPS).max(1);
+                [count.div_ceil(y), y, usize::from(count > 0)]
+            }
+        };
+        launch.check()?;
+        if groups.contains(&0) {
             return Ok(());
         }
         let most = self.limits.max_compute_workgroups_per_dimension;
-        if let Some(&groups) = launch.groups.iter().find(|&&groups| groups > most) {
-            return Err(self.limit("max_compute_workgroups_per_dimension", u64::from(groups), u64::from(most)));
+        if let Some(&groups) = groups.iter().find(|&&groups| groups > most as usize) {
+            return Err(self.limit("max_compute_workgroups_per_dimension", groups as u64, u64::from(most)));
         }
-        let names = launch.bound.iter().map(|bound| bound.name);
+        let groups = groups.map(|groups| groups as u32);
+        let names = bound.iter().map(|bound| bound.name);
         let pipeline = self.pipelines.get(&launch.permutation, names).map_err(|reason| self.broken(reason))?;
         let permutation = &launch.permutation;
         let mut params = [0u8; PARAMS_STRIDE];
@@ -385,7 +403,7 @@ impl Engine {
             return Err(self.broken(format!("{permutation} has no room for all of its parameters")));
         }
         #[cfg(test)]
-        let mut traced = self.before(&launch, &pipeline, &params)?;
+        let mut traced = self.before(&launch.permutation, &bound, &pipeline, (&params, groups))?;
         let mut record = lock(&self.record);
         let (params_buffer, at) = self.push_params(&mut record, &params)?;
         let mut entries = Vec::with_capacity(pipeline.bindings.len() + 1);
@@ -401,7 +419,7 @@ impl Engine {
         }
         for binding in &pipeline.bindings {
             let Some(Bound { buffer, offset, bytes, writes, .. }) =
-                launch.bound.iter().find(|bound| bound.name == binding.name)
+                bound.iter().find(|bound| bound.name == binding.name)
             else {
                 return Err(self.broken(format!("{permutation} lacks `{}`", binding.name)));
             };
@@ -422,7 +440,7 @@ impl Engine {
                 }),
             });
         }
-        if launch.bound.len() != pipeline.bindings.len() {
+        if bound.len() != pipeline.bindings.len() {
             return Err(self.broken(format!("{permutation} has no use for all of its buffers")));
         }
         let bind_group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -430,11 +448,11 @@ impl Engine {
             layout: &pipeline.layout,
             entries: &entries,
         });
-        record.commands.push(Command::Launch { pipeline, bind_group, params: at, groups: launch.groups });
+        record.commands.push(Command::Launch { pipeline, bind_group, params: at, groups });
         #[cfg(test)]
         {
             drop(record);
-            self.after(&launch, traced.take())?;
+            self.after(&launch.permutation, &bound, traced.take())?;
         }
         Ok(())
     }
@@ -562,30 +580,14 @@ impl Engine {
         self.check()
     }
 
-    /// Records a copy of elements of 4 bytes.
-    pub(super) fn copy_elements(
-        &self,
-        (from, first): (&dyn Bindable, usize),
-        (to, to_first): (&dyn Bindable, usize),
-        elements: usize,
-    ) -> Result<()> {
-        let (Some((from, _)), Some((to, _))) = (from.bind(), to.bind()) else {
-            return Err(self.broken("a buffer of another backend"));
-        };
-        if elements > 0 {
-            self.copy((from, 4 * first as u64), (to, 4 * to_first as u64), 4 * elements as u64);
-        }
-        Ok(())
-    }
-
     /// Copies bytes from the host.
     pub(super) fn write(&self, to: &Scratch, bytes: &[u8]) -> Result<()> {
-        self.upload(bytes, &to.buffer, 0)
+        self.upload(bytes, self.raw(&*to.buffer)?, 0)
     }
 
     /// Copies bytes to the host.
     pub(super) fn read(&self, from: &Scratch, bytes: &mut [u8]) -> Result<()> {
-        self.download(&from.buffer, bytes)
+        self.download(self.raw(&*from.buffer)?, bytes)
     }
 
     /// Hands everything recorded to the device, without waiting for it. While a caller's encoder is recorded there is
@@ -751,61 +753,42 @@ impl Engine {
     }
 
     /// What a launch binds, if it is to be kept.
-    fn before(&self, launch: &Launch<'_>, pipeline: &Pipeline, params: &[u8; PARAMS_STRIDE]) -> Result<Option<Traced>> {
-        let bytes = launch.bound.iter().map(|bound| bound.bytes as usize).sum();
+    fn before(
+        &self,
+        permutation: &Permutation,
+        bound: &[Bound<'_>],
+        pipeline: &Pipeline,
+        (params, groups): (&[u8; PARAMS_STRIDE], [u32; 3]),
+    ) -> Result<Option<Traced>> {
+        let bytes = bound.iter().map(|bound| bound.bytes as usize).sum();
         let trace = lock(&self.trace);
-        if bytes > trace.largest || trace.launches.get(&launch.permutation).is_some_and(|kept| kept.bytes <= bytes) {
+        if bytes > trace.largest || trace.launches.get(permutation).is_some_and(|kept| kept.bytes <= bytes) {
             return Ok(None);
         }
         drop(trace);
         let mut bindings = Vec::new();
-        for bound in &launch.bound {
+        for bound in bound {
             let number = pipeline.bindings.iter().find(|binding| binding.name == bound.name).map(|found| found.number);
             let before = self.read_bound(bound)?;
             bindings.push(TracedBinding { name: bound.name, number: number.unwrap_or(0), before, after: None });
         }
         let size = if pipeline.params.is_empty() { 0 } else { (4 * pipeline.params.len()).next_multiple_of(16) };
-        Ok(Some(Traced { params: params[..size].to_vec(), groups: launch.groups, bindings, bytes }))
+        Ok(Some(Traced { params: params[..size].to_vec(), groups, bindings, bytes }))
     }
 
-    fn after(&self, launch: &Launch<'_>, traced: Option<Traced>) -> Result<()> {
+    fn after(&self, permutation: &Permutation, bound: &[Bound<'_>], traced: Option<Traced>) -> Result<()> {
         let Some(mut traced) = traced else { return Ok(()) };
-        for (bound, binding) in launch.bound.iter().zip(&mut traced.bindings) {
+        for (bound, binding) in bound.iter().zip(&mut traced.bindings) {
             if bound.writes {
                 binding.after = Some(self.read_bound(bound)?);
             }
         }
-        lock(&self.trace).launches.insert(launch.permutation.clone(), traced);
+        lock(&self.trace).launches.insert(permutation.clone(), traced);
         Ok(())
     }
 }
 
-/// Values that live for one operation.
-#[derive(Debug)]
-pub(super) struct Scratch {
-    buffer: WgpuBuffer,
-    elements: usize,
-}
-
-/// What can be bound: a tensor, or scratch values.
-pub(super) trait Bindable {
-    /// The buffer and how many bytes of it are meant.
-    fn bind(&self) -> Option<(&WgpuBuffer, usize)>;
-}
-
-impl Bindable for Tensor {
-    fn bind(&self) -> Option<(&WgpuBuffer, usize)> {
-        buffer::raw(self.buffer()).map(|raw| (raw, self.elements() * self.dtype().size()))
-    }
-}
-
-impl Bindable for Scratch {
-    fn bind(&self) -> Option<(&WgpuBuffer, usize)> {
-        Some((&self.buffer, self.elements * 4))
-    }
-}
-
-/// A buffer under a name.
+/// A buffer of a launch, and what of it is bound.
 struct Bound<'a> {
     name: &'static str,
     buffer: &'a WgpuBuffer,
@@ -814,195 +797,42 @@ struct Bound<'a> {
     writes: bool,
 }
 
-/// One run of an entry point over so many workgroups. Buffers and parameters are named as in the shader; what it
-/// declares and a launch does not give, or the other way round, is an error.
-pub(super) struct Launch<'a> {
-    permutation: Permutation,
-    bound: Vec<Bound<'a>>,
-    params: Vec<(&'static str, Scalar, u32)>,
-    groups: [u32; 3],
-    error: Option<Error>,
-}
-
-impl<'a> Launch<'a> {
-    /// Of an entry point of a file under `shaders/`.
-    pub(super) fn new(shader: &'static str, entry: &'static str) -> Self {
-        Self {
-            permutation: Permutation { shader, entry, flags: Vec::new(), constants: Vec::new() },
-            bound: Vec::with_capacity(8),
-            params: Vec::with_capacity(16),
-            groups: [1; 3],
-            error: None,
-        }
+impl gpu::Engine for Engine {
+    fn launch(&self, launch: Launch<'_>) -> Result<()> {
+        self.launch(launch)
     }
 
-    fn fail(&mut self, reason: String) {
-        let operation = self.permutation.shader;
-        self.error.get_or_insert(Error::Value { operation, argument: self.permutation.entry, reason });
+    fn allocate(&self, elements: usize, dtype: DType) -> Result<Box<dyn Buffer>> {
+        Ok(Box::new(self.allocate(elements, dtype)?))
     }
 
-    /// Sets a flag of the preprocessor.
-    pub(super) fn flag(mut self, flag: &'static str, set: bool) -> Self {
-        if set {
-            let at = self.permutation.flags.partition_point(|other| *other < flag);
-            self.permutation.flags.insert(at, flag);
-        }
-        self
+    fn copy(&self, from: (&dyn Buffer, usize), to: (&dyn Buffer, usize), bytes: usize) -> Result<()> {
+        self.copy((self.raw(from.0)?, from.1 as u64), (self.raw(to.0)?, to.1 as u64), bytes as u64);
+        Ok(())
     }
 
-    /// Sets a constant of the module.
-    pub(super) fn constant(mut self, name: &'static str, value: u32) -> Self {
-        let at = self.permutation.constants.partition_point(|(other, _)| *other < name);
-        self.permutation.constants.insert(at, (name, value));
-        self
+    fn product(&self, product: &gpu::matmul::Product<'_>) -> Result<()> {
+        matmul::product(self, product)
     }
 
-    fn bind<T: Bindable + ?Sized>(
-        mut self,
-        name: &'static str,
-        what: &'a T,
-        elements: Option<(Range<usize>, &'static str)>,
-        writes: bool,
-    ) -> Self {
-        let Some((buffer, bytes)) = what.bind() else {
-            self.fail(format!("`{name}` lives on another device"));
-            return self;
-        };
-        let whole = (bytes.next_multiple_of(4) as u64).max(4);
-        let (offset, bytes) = match elements {
-            None => (0, whole),
-            Some((range, base)) => {
-                // Offsets of bindings are multiples of 256 bytes; what lies between is an offset of elements.
-                let first = range.start - range.start % 64;
-                self = self.size(base, range.start - first);
-                (4 * first as u64, (4 * (range.end - first) as u64).max(4))
-            }
-        };
-        // Guard words that follow can be written then, and that is noticed.
-        let guard = buffer.guard().filter(|guard| guard.start == offset + bytes);
-        let bytes = guard.map_or(bytes, |guard| guard.end - offset);
-        self.bound.push(Bound { name, buffer, offset, bytes, writes });
-        self
+    fn tile_size(&self, rows: usize, columns: usize) -> usize {
+        matmul::tile_size(self, rows, columns)
     }
 
-    /// Binds what is read.
-    pub(super) fn read<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T) -> Self {
-        self.bind(name, what, None, false)
+    fn multiplies_before(&self, extents: (usize, usize, usize)) -> bool {
+        matmul::uses_matrices(self, extents)
     }
 
-    /// Binds what is read, if it is there, and sets a flag.
-    pub(super) fn read_if<T: Bindable + ?Sized>(
-        self,
-        flag: &'static str,
-        name: &'static str,
-        what: Option<&'a T>,
-    ) -> Self {
-        match what {
-            Some(what) => self.flag(flag, true).read(name, what),
-            None => self,
-        }
+    fn most_bound_bytes(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size
     }
 
-    /// Binds what is written, or read and written.
-    pub(super) fn write<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T) -> Self {
-        self.bind(name, what, None, true)
+    fn workspace(&self, values: usize) -> usize {
+        self.settings.workspace.map_or(values, |most| values.min(most))
     }
 
-    /// Binds what is written, if it is there, and sets a flag.
-    pub(super) fn write_if<T: Bindable + ?Sized>(
-        self,
-        flag: &'static str,
-        name: &'static str,
-        what: Option<&'a T>,
-    ) -> Self {
-        match what {
-            Some(what) => self.flag(flag, true).write(name, what),
-            None => self,
-        }
-    }
-
-    /// Binds a run of elements of 4 bytes, of a buffer that may be too large for a binding; the parameter `base` is the
-    /// place of the first of them in the binding.
-    pub(super) fn read_part<T: Bindable + ?Sized>(
-        self,
-        name: &'static str,
-        what: &'a T,
-        elements: Range<usize>,
-        base: &'static str,
-    ) -> Self {
-        self.bind(name, what, Some((elements, base)), false)
-    }
-
-    /// The same to be written.
-    pub(super) fn write_part<T: Bindable + ?Sized>(
-        self,
-        name: &'static str,
-        what: &'a T,
-        elements: Range<usize>,
-        base: &'static str,
-    ) -> Self {
-        self.bind(name, what, Some((elements, base)), true)
-    }
-
-    /// Binds the first so many elements, of 4 bytes, of what is read.
-    pub(super) fn read_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
-        self.first(name, what, elements, false)
-    }
-
-    /// The same of what is written.
-    pub(super) fn write_first<T: Bindable + ?Sized>(self, name: &'static str, what: &'a T, elements: usize) -> Self {
-        self.first(name, what, elements, true)
-    }
-
-    fn first<T: Bindable + ?Sized>(mut self, name: &'static str, what: &'a T, elements: usize, writes: bool) -> Self {
-        self = self.bind(name, what, None, writes);
-        if let Some(bound) = self.bound.last_mut() {
-            bound.bytes = bound.bytes.min(4 * elements as u64).max(4);
-        }
-        self
-    }
-
-    /// A parameter that is a size or a place.
-    pub(super) fn size(mut self, name: &'static str, value: usize) -> Self {
-        match u32::try_from(value) {
-            Ok(value) => self.params.push((name, Scalar::U32, value)),
-            Err(_) => self.fail(format!("`{name}` is {value}, which is beyond 32 bits")),
-        }
-        self
-    }
-
-    /// A parameter of 32 bits.
-    pub(super) fn bits(mut self, name: &'static str, value: u32) -> Self {
-        self.params.push((name, Scalar::U32, value));
-        self
-    }
-
-    /// A signed parameter.
-    pub(super) fn signed(mut self, name: &'static str, value: i32) -> Self {
-        self.params.push((name, Scalar::I32, value as u32));
-        self
-    }
-
-    /// A parameter that is a number.
-    pub(super) fn float(mut self, name: &'static str, value: f32) -> Self {
-        self.params.push((name, Scalar::F32, value.to_bits()));
-        self
-    }
-
-    /// How many workgroups in each direction.
-    pub(super) fn groups(mut self, groups: [usize; 3]) -> Self {
-        for (to, from) in self.groups.iter_mut().zip(groups) {
-            *to = u32::try_from(from).unwrap_or(u32::MAX);
-        }
-        self
-    }
-
-    /// So many workgroups in a row, which may be more than fit one direction: they are numbered
-    /// `workgroup_id.x + workgroup_id.y * num_workgroups.x`, and those beyond the parameter `groups` have nothing to do.
-    pub(super) fn row_of_groups(self, count: usize) -> Self {
-        let y = count.div_ceil(MOST_GROUPS).max(1);
-        let x = count.div_ceil(y);
-        self.size("groups", count).groups([x, y, usize::from(count > 0)])
+    fn unbindable(&self, bytes: u64) -> Error {
+        self.limit("max_storage_buffer_binding_size", bytes, self.limits.max_storage_buffer_binding_size)
     }
 }
 

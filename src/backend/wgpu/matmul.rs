@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch, Matrices, Scratch};
+use super::engine::{Engine, Matrices};
 use crate::Result;
-use crate::backend::Tensor;
-use crate::backend::operations::{Activation, MatMul};
+use crate::backend::gpu::matmul::{Finish, Operand, Output, Product};
+use crate::backend::gpu::{Launch, Scratch};
 use crate::backend::philox::{philox, uniform};
 use crate::error::DType;
 
@@ -18,68 +18,6 @@ const MOST_PARTIAL: usize = 8 << 20;
 
 /// Multiplications from which on a product takes longer than finding the largest magnitudes of its matrices.
 const LARGE_PRODUCT: usize = 1 << 28;
-
-/// A matrix that is part of a buffer.
-#[derive(Clone, Copy)]
-pub(super) struct Operand<'a> {
-    /// What it is part of.
-    pub(super) buffer: &'a dyn Bindable,
-    /// Its first element.
-    pub(super) first: usize,
-    /// Elements from row to row, as stored.
-    pub(super) stride: usize,
-    /// Whether it is stored with its columns as rows.
-    pub(super) transposed: bool,
-    /// What each row, as stored, is multiplied with: the factors from a place on.
-    pub(super) norms: Option<(&'a dyn Bindable, usize)>,
-}
-
-impl<'a> Operand<'a> {
-    /// Of the elements (rows, columns) those of some rows and columns, in memory.
-    fn range(&self, rows: &Range<usize>, columns: &Range<usize>) -> Range<usize> {
-        let (rows, columns) = if self.transposed { (columns, rows) } else { (rows, columns) };
-        let first = self.first + rows.start * self.stride + columns.start;
-        first..first + (rows.len().max(1) - 1) * self.stride + columns.len()
-    }
-
-    /// The norms of those rows or columns that are stored as rows.
-    fn norms(&self, rows: &Range<usize>, columns: &Range<usize>) -> Option<(&'a dyn Bindable, Range<usize>)> {
-        let stored = if self.transposed { columns } else { rows };
-        self.norms.map(|(norms, first)| (norms, first + stored.start..first + stored.end))
-    }
-}
-
-/// Where a product goes.
-#[derive(Clone, Copy)]
-pub(super) struct Output<'a> {
-    pub(super) buffer: &'a dyn Bindable,
-    pub(super) first: usize,
-    pub(super) stride: usize,
-    /// Add to what is there.
-    pub(super) accumulate: bool,
-}
-
-/// What happens to a product before it is written.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Finish<'a> {
-    /// The product is multiplied with its exponential.
-    pub(super) log_scale: Option<&'a Tensor>,
-    pub(super) bias: Option<&'a Tensor>,
-    pub(super) gelu: bool,
-    /// Where the input of the activation goes.
-    pub(super) kept: Option<&'a Tensor>,
-}
-
-/// `output (+)= finish(op(a) · op(b))`.
-#[derive(Clone, Copy)]
-pub(super) struct Product<'a> {
-    pub(super) a: Operand<'a>,
-    pub(super) b: Operand<'a>,
-    /// (M, N, K)
-    pub(super) extents: (usize, usize, usize),
-    pub(super) output: Output<'a>,
-    pub(super) finish: Finish<'a>,
-}
 
 /// Rows and columns of a tile. Large ones read less for each product; small ones are more, and keep a device busy that
 /// has hundreds of units. A software driver has few, and is faster with large ones by half.
@@ -274,28 +212,6 @@ fn one_piece(
         .size("parts", parts)
         .row_of_groups((m * n).div_ceil(GROUP));
     engine.launch(finishing(launch, finish, n, &rows))
-}
-
-pub(super) fn forward(engine: &Engine, arguments: MatMul<'_>) -> Result<()> {
-    let extents = arguments.extents();
-    let MatMul { a, transpose_a, b, transpose_b, bias, activation, accumulate, output } = arguments;
-    let stride = |rows: usize, columns: usize, transposed: bool| if transposed { rows } else { columns };
-    let (m, n, k) = extents;
-    let operand = |tensor, stride, transposed| Operand { buffer: tensor, first: 0, stride, transposed, norms: None };
-    let (gelu, kept) = match activation {
-        Activation::Identity => (false, None),
-        Activation::Gelu { input } => (true, input),
-    };
-    product(
-        engine,
-        &Product {
-            a: operand(a, stride(m, k, transpose_a), transpose_a),
-            b: operand(b, stride(k, n, transpose_b), transpose_b),
-            extents,
-            output: Output { buffer: &*output, first: 0, stride: n, accumulate },
-            finish: Finish { log_scale: None, bias, gelu, kept: kept.as_deref() },
-        },
-    )
 }
 
 /// Whether cooperative matrices give what ordinary arithmetic gives on this device. What is experimental in wgpu, and

@@ -1,47 +1,24 @@
 //! Any device that wgpu finds, driven by handwritten WGSL: Vulkan, Metal, Direct3D 12, or a software driver.
 //!
-//! Shaders stand under `shaders/`, one file an operation, named as the file here that launches it and as its twin in
-//! [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
+//! Shaders stand under `shaders/`, one file an operation, named as the file in [`gpu`](super::gpu) that launches it and as
+//! its twin in [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
 //!
 //! [`Wgpu`] computes on a caller's own device, buffers and encoder, too; the crate `wgpu` is
 //! [`nearfar::wgpu`](crate::wgpu).
 
-mod adamw;
 mod adapter;
-mod aggregate;
-mod attention;
 #[cfg(all(test, feature = "train"))]
 mod browser;
 mod buffer;
 mod cache;
 mod caller;
-mod cast;
-mod dropout;
-mod elementwise;
-mod embedding;
 mod engine;
-mod gelu;
-mod l2_norm;
-mod layer_norm;
-#[cfg(feature = "train")]
-pub(crate) mod materialised;
 mod matmul;
-mod merge_statistics;
-mod pair_scores;
-mod partition;
 mod pipeline;
-mod pooling;
-mod positives;
-mod prefix_norms;
 mod profile;
-mod reduce;
-mod row_function;
-mod row_sweep;
-mod rows;
 mod shader;
-mod similarity_sweep;
 #[cfg(test)]
 mod small_bindings;
 
@@ -51,7 +28,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use ::wgpu;
 
-use super::{Backend, Buffer, Device, Tensor, Timing, operations};
+use super::{Backend, Buffer, Device, Tensor, Timing, gpu};
 use crate::Result;
 use crate::error::DType;
 use adapter::Request;
@@ -71,25 +48,13 @@ impl fmt::Debug for Wgpu {
     }
 }
 
-macro_rules! delegate {
-    ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
-        fn supported() -> &'static [&'static str] {
-            &[$(stringify!($operation)),*]
-        }
-
-        fn operations(&self) -> &'static [&'static str] {
-            Self::supported()
-        }
-
-        $(
-            fn $operation(&self, arguments: operations::$arguments<'_>) -> Result<()> {
-                $module::$function(&self.engine, arguments)
-            }
-        )*
-    };
-}
-
 impl Wgpu {
+    /// What runs its launches.
+    #[cfg(feature = "train")]
+    pub(super) fn engine(&self) -> &dyn gpu::Engine {
+        &self.engine
+    }
+
     fn open_request(request: Request) -> Result<Self> {
         let (info, device, queue) = adapter::open(request)?;
         let engine = Engine::new(request.to_string(), request.settings, device, queue)?;
@@ -156,46 +121,7 @@ impl Backend for Wgpu {
         self.engine.download(buffer, bytes)
     }
 
-    delegate! {
-        fill(Fill) => elementwise::fill;
-        copy(Copy) => elementwise::copy;
-        cast(Cast) => cast::forward;
-        add(Add) => elementwise::add;
-        scale(Scale) => elementwise::scale;
-        sum(Sum) => reduce::sum;
-        square_sum(SquareSum) => reduce::square_sum;
-        column_sum(ColumnSum) => reduce::column_sum;
-        matmul(MatMul) => matmul::forward;
-        gelu_backward(GeluBackward) => gelu::backward;
-        dropout(DropoutInPlace) => dropout::forward;
-        layer_norm_forward(LayerNormForward) => layer_norm::forward;
-        layer_norm_backward(LayerNormBackward) => layer_norm::backward;
-        embedding_forward(EmbeddingForward) => embedding::forward;
-        embedding_backward(EmbeddingBackward) => embedding::backward;
-        attention_forward(AttentionForward) => attention::forward;
-        attention_backward(AttentionBackward) => attention::backward;
-        pooling_forward(PoolingForward) => pooling::forward;
-        pooling_backward(PoolingBackward) => pooling::backward;
-        l2_norm_forward(L2NormForward) => l2_norm::forward;
-        l2_norm_backward(L2NormBackward) => l2_norm::backward;
-        l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
-        positives_forward(PositivesForward) => positives::forward;
-        positives_backward(PositivesBackward) => positives::backward;
-        similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
-        similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
-        similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
-        merge_statistics(MergeStatistics) => merge_statistics::forward;
-        partition(Partition) => partition::forward;
-        prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
-        prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
-        column(Column) => elementwise::column;
-        clamp(Clamp) => elementwise::clamp;
-        clamp_backward(ClampBackward) => elementwise::clamp_backward;
-        row_sweep(RowSweep) => row_sweep::forward_backward;
-        aggregate(AggregateRows) => aggregate::forward;
-        adamw(AdamW) => adamw::step;
-        pair_scores(PairScores) => pair_scores::forward;
-    }
+    gpu::implement_operations! {}
 }
 
 /// Devices that were opened, so that one name is one device.

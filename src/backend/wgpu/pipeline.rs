@@ -10,7 +10,8 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use ::wgpu;
 
 use super::cache::Cache;
-use super::shader::{self, Binding, Permutation, Scalar};
+use super::shader::{self, Binding};
+use crate::backend::gpu::{Listed, Permutation, Scalar};
 
 /// An entry point.
 pub(super) struct Pipeline {
@@ -129,7 +130,7 @@ impl Compiler {
 pub(super) struct Pipelines {
     compiler: Arc<Compiler>,
     known: RwLock<HashMap<Permutation, Arc<Pipeline>>>,
-    listed: Vec<shader::Listed>,
+    listed: Vec<Listed>,
 }
 
 impl Pipelines {

@@ -22,6 +22,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use crate::backend::gpu::{self, Listed, Permutation, Scalar};
+
 macro_rules! sources {
     ($($name:literal),* $(,)?) => {
         /// Name and text of every file, `shared/` ones with that prefix.
@@ -72,38 +74,6 @@ sources! {
 
 /// Which flags and constants each entry point knows.
 pub(super) const PERMUTATIONS: &str = include_str!("../../../shaders/permutations");
-
-/// What makes one module of a file.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Permutation {
-    pub(super) shader: &'static str,
-    pub(super) entry: &'static str,
-    /// Sorted.
-    pub(super) flags: Vec<&'static str>,
-    /// Sorted by name.
-    pub(super) constants: Vec<(&'static str, u32)>,
-}
-
-impl std::fmt::Display for Permutation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.shader, self.entry)?;
-        for flag in &self.flags {
-            write!(f, " {flag}")?;
-        }
-        for (name, value) in &self.constants {
-            write!(f, " {name}={value}")?;
-        }
-        Ok(())
-    }
-}
-
-/// A type of the fields of `Params`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Scalar {
-    U32,
-    I32,
-    F32,
-}
 
 /// A storage buffer that a module declares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -194,7 +164,7 @@ pub(super) fn module(permutation: &Permutation, subgroups: bool) -> Result<Modul
     }
     flags.extend(permutation.constants.iter().map(|(name, value)| format!("{name}_{value}")));
     let mut body = String::new();
-    append(permutation.shader, &mut flags, &mut BTreeSet::new(), &mut body)?;
+    append(permutation.file, &mut flags, &mut BTreeSet::new(), &mut body)?;
     let mut text = String::new();
     // `enable` has to come first.
     for line in body.lines().filter(|line| line.starts_with("enable ")) {
@@ -259,83 +229,15 @@ fn params(text: &str) -> Result<Vec<(String, Scalar)>, String> {
     if inside { Err("Params does not end".into()) } else { Ok(fields) }
 }
 
-/// What an entry point knows: flags, and constants with their values.
-#[derive(Debug)]
-pub(super) struct Listed {
-    pub(super) shader: &'static str,
-    pub(super) entry: &'static str,
-    pub(super) flags: Vec<&'static str>,
-    pub(super) constants: Vec<(&'static str, Vec<u32>)>,
-}
-
-impl Listed {
-    /// Whether it knows everything that a permutation has.
-    pub(super) fn holds(&self, permutation: &Permutation) -> bool {
-        let constant = |(name, value): &(&str, u32)| {
-            self.constants.iter().any(|(of, values)| of == name && values.contains(value))
-        };
-        self.shader == permutation.shader
-            && self.entry == permutation.entry
-            && permutation.flags.iter().all(|flag| self.flags.contains(flag))
-            && permutation.constants.len() == self.constants.len()
-            && permutation.constants.iter().all(constant)
-    }
-}
-
-/// The lines of `shaders/permutations`: `SHADER ENTRY: FLAG … NAME=VALUE,VALUE …`, the flags optional.
+/// What `shaders/permutations` lists.
 pub(super) fn listed() -> Result<Vec<Listed>, String> {
-    let mut all = Vec::new();
-    let text = from_folder("permutations").unwrap_or(PERMUTATIONS);
-    for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let wrong = || format!("shaders/permutations: cannot read `{line}`");
-        let (head, rest) = line.split_once(':').ok_or_else(wrong)?;
-        let (shader, entry) = head.split_once(' ').ok_or_else(wrong)?;
-        let (mut flags, mut constants) = (Vec::new(), Vec::new());
-        for word in rest.split_whitespace() {
-            match word.split_once('=') {
-                None => flags.push(word),
-                Some((name, values)) => {
-                    let values = values.split(',').map(|value| value.parse().map_err(|_| wrong()));
-                    constants.push((name, values.collect::<Result<Vec<u32>, String>>()?));
-                }
-            }
-        }
-        all.push(Listed { shader, entry, flags, constants });
-    }
-    Ok(all)
+    gpu::listed("shaders/permutations", from_folder("permutations").unwrap_or(PERMUTATIONS))
 }
 
 /// Every permutation that the list allows.
 #[cfg(test)]
 pub(super) fn permutations() -> Vec<Permutation> {
-    let mut all = Vec::new();
-    for Listed { shader, entry, flags, constants } in listed().unwrap() {
-        let mut here = vec![Permutation { shader, entry, flags: Vec::new(), constants: Vec::new() }];
-        for flag in flags {
-            let with = here.clone().into_iter().map(|mut permutation| {
-                permutation.flags.push(flag);
-                permutation.flags.sort_unstable();
-                permutation
-            });
-            let with: Vec<Permutation> = with.collect();
-            here.extend(with);
-        }
-        for (name, values) in constants {
-            here = here
-                .iter()
-                .flat_map(|permutation| {
-                    values.iter().map(move |&value| {
-                        let mut permutation = permutation.clone();
-                        permutation.constants.push((name, value));
-                        permutation.constants.sort_unstable();
-                        permutation
-                    })
-                })
-                .collect();
-        }
-        all.extend(here);
-    }
-    all
+    gpu::permutations(&listed().unwrap())
 }
 
 #[cfg(test)]
@@ -414,7 +316,7 @@ mod tests {
         }
         let listed = listed().unwrap();
         for (name, _) in SOURCES.iter().filter(|(name, _)| !name.starts_with("shared/")) {
-            assert!(listed.iter().any(|listed| listed.shader == *name), "{name} has no permutation");
+            assert!(listed.iter().any(|listed| listed.file == *name), "{name} has no permutation");
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Launches of `shaders/aggregate.wgsl`.
+//! Launches of `aggregate`.
 
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{AggregateRows, ROW_STATISTICS};
 use crate::objective::Aggregate;
 
-pub(super) fn forward(engine: &Engine, arguments: AggregateRows<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: AggregateRows<'_>) -> Result<()> {
     let AggregateRows { statistics, row_weights, aggregate, weight, width_weights, upstream, loss } = arguments;
     let rows = statistics.elements() / (width_weights.len().max(1) * ROW_STATISTICS);
     let aggregate = match aggregate {

@@ -1,7 +1,7 @@
-//! Launches of `shaders/dropout.wgsl`, and the parameters of `shaders/shared/dropout.wgsl`.
+//! Launches of `dropout`, and the parameters of whatever drops.
 
-use super::engine::{Engine, Launch};
 use super::rows::elements_of;
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{Dropout, DropoutInPlace};
 
@@ -9,7 +9,7 @@ use crate::backend::operations::{Dropout, DropoutInPlace};
 const GROUP: usize = 256;
 
 /// Gives a launch the parameters of a dropout, for rows from a first one on.
-pub(super) fn parameters<'a>(launch: Launch<'a>, dropout: Dropout, first_row: usize) -> Launch<'a> {
+pub(crate) fn parameters<'a>(launch: Launch<'a>, dropout: Dropout, first_row: usize) -> Launch<'a> {
     let [key_low, key_high] = dropout.key();
     launch
         .bits("dropout_row", dropout.row_offset.wrapping_add(first_row as u32))
@@ -22,14 +22,14 @@ pub(super) fn parameters<'a>(launch: Launch<'a>, dropout: Dropout, first_row: us
 }
 
 /// The same, if there is a dropout that drops anything, and the flag `DROPOUT`.
-pub(super) fn parameters_if<'a>(launch: Launch<'a>, dropout: Option<Dropout>, first_row: usize) -> Launch<'a> {
+pub(crate) fn parameters_if<'a>(launch: Launch<'a>, dropout: Option<Dropout>, first_row: usize) -> Launch<'a> {
     match dropout.filter(|dropout| dropout.probability > 0.0) {
         Some(dropout) => parameters(launch.flag("DROPOUT", true), dropout, first_row),
         None => launch,
     }
 }
 
-pub(super) fn forward(engine: &Engine, arguments: DropoutInPlace<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: DropoutInPlace<'_>) -> Result<()> {
     let DropoutInPlace { dropout, output } = arguments;
     let (rows, width) = (output.shape().rows(), output.shape().width());
     if width == 0 || dropout.probability == 0.0 {

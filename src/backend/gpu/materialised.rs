@@ -1,10 +1,9 @@
-//! Launches of `shaders/materialised.wgsl`: what the method that stores its similarity matrices does beside products,
+//! Launches of `materialised`: what the method that stores its similarity matrices does beside products,
 //! for [`bench`](crate::bench). Nobody else stores such a matrix.
 
-use super::Wgpu;
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
-use crate::backend::{Device, Tensor};
+use crate::backend::Tensor;
 use crate::error::DType;
 
 /// Columns of a workgroup.
@@ -12,35 +11,24 @@ const GROUP: usize = 256;
 /// Rows of an invocation that writes gradients.
 const GRADIENT_ROWS: usize = 4;
 
-fn engine(device: &Device) -> Result<&Engine> {
-    Ok(&Wgpu::of("materialised", "device", device)?.engine)
-}
-
-/// The bytes of the largest matrix that a device can work on; none if it is not of wgpu.
-pub(crate) fn most_bytes(device: &Device) -> Option<u64> {
-    let limits = &device.backend::<Wgpu>()?.engine.limits;
-    Some(limits.max_storage_buffer_binding_size.min(limits.max_buffer_size))
-}
-
 /// Leaves out the diagonal of logits (N, N): nothing is compared with itself.
-pub(crate) fn omit_diagonal(device: &Device, logits: &mut Tensor) -> Result<()> {
+pub(crate) fn omit_diagonal(engine: &dyn Engine, logits: &mut Tensor) -> Result<()> {
     let count = logits.shape().rows();
     let groups = [count.div_ceil(GROUP), 1, 1];
     let launch = Launch::new("materialised", "omit_diagonal").write("logits", &*logits).size("count", count);
-    engine(device)?.launch(launch.groups(groups))
+    engine.launch(launch.groups(groups))
 }
 
 /// The log-sum-exp of each row of a partition, whose entries are the rows of some matrices (N, N) and the columns of
 /// those with a `true`, and what it adds to the losses: `losses[i] += weight · (log_sum_exp[i] − positives[i, i])`.
 pub(crate) fn log_sum_exp(
-    device: &Device,
+    engine: &dyn Engine,
     entries: &[(&Tensor, bool)],
     positives: &Tensor,
     weight: f32,
     log_sum_exp: &mut Tensor,
     losses: &mut Tensor,
 ) -> Result<()> {
-    let engine = engine(device)?;
     let count = positives.shape().rows();
     // An invocation reads four rows of its part at a time, and the one that finishes reads all parts: both wait for
     // memory about as often.
@@ -78,7 +66,7 @@ pub(crate) fn log_sum_exp(
 /// Puts in place of logits (N, N) the gradient by them: of the softmaxes of their rows and of their columns, each given
 /// by its log-sum-exps and its weight, less `positive` on the diagonal.
 pub(crate) fn gradient(
-    device: &Device,
+    engine: &dyn Engine,
     logits: &mut Tensor,
     rows: Option<(&Tensor, f32)>,
     columns: Option<(&Tensor, f32)>,
@@ -96,5 +84,5 @@ pub(crate) fn gradient(
     if let Some((log_sum_exp, weight)) = columns {
         launch = launch.flag("COLUMNS", true).read("column_log_sum_exp", log_sum_exp).float("column_weight", weight);
     }
-    engine(device)?.launch(launch)
+    engine.launch(launch)
 }

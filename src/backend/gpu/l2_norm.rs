@@ -1,11 +1,11 @@
-//! Launches of `shaders/l2_norm.wgsl`.
+//! Launches of `l2_norm`.
 
-use super::engine::{Engine, Launch};
 use super::rows::{ROWS, elements_of};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{L2NormBackward, L2NormForward, L2NormGradient};
 
-pub(super) fn forward(engine: &Engine, arguments: L2NormForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: L2NormForward<'_>) -> Result<()> {
     let L2NormForward { input, output, inverse_norm } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     for part in engine.parts(rows, width) {
@@ -22,7 +22,7 @@ pub(super) fn forward(engine: &Engine, arguments: L2NormForward<'_>) -> Result<(
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: L2NormBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: L2NormBackward<'_>) -> Result<()> {
     let L2NormBackward { upstream, output, inverse_norm, d_input } = arguments;
     let (rows, width) = (upstream.shape().rows(), upstream.shape().width());
     for part in engine.parts(rows, width) {
@@ -40,7 +40,7 @@ pub(super) fn backward(engine: &Engine, arguments: L2NormBackward<'_>) -> Result
     Ok(())
 }
 
-pub(super) fn gradient(engine: &Engine, arguments: L2NormGradient<'_>) -> Result<()> {
+pub(crate) fn gradient(engine: &dyn Engine, arguments: L2NormGradient<'_>) -> Result<()> {
     let L2NormGradient { input, gradient } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     for part in engine.parts(rows, width) {

@@ -1,20 +1,19 @@
-//! Launches of `shaders/cast.wgsl`.
+//! Launches of `cast`.
 
-use super::buffer::raw;
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
-use crate::backend::Tensor;
 use crate::backend::operations::Cast;
 use crate::error::DType;
 
 /// Elements of a workgroup.
 const GROUP: usize = 512;
 
-pub(super) fn forward(engine: &Engine, arguments: Cast<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: Cast<'_>) -> Result<()> {
     let Cast { input, output } = arguments;
     let (from, to) = (input.dtype(), output.dtype());
     if from == to {
-        return copy(engine, input, output);
+        let bytes = (input.elements() * from.size()).next_multiple_of(4);
+        return if bytes == 0 { Ok(()) } else { engine.copy((input.buffer(), 0), (output.buffer(), 0), bytes) };
     }
     let words = |dtype: DType, elements: usize| (elements * dtype.size()).div_ceil(4);
     for part in engine.parts(input.elements(), 1) {
@@ -31,16 +30,6 @@ pub(super) fn forward(engine: &Engine, arguments: Cast<'_>) -> Result<()> {
                 .size("count", part.len())
                 .row_of_groups(part.len().div_ceil(GROUP)),
         )?;
-    }
-    Ok(())
-}
-
-fn copy(engine: &Engine, input: &Tensor, output: &Tensor) -> Result<()> {
-    let other = || engine.broken("a tensor of another backend");
-    let (from, to) = (raw(input.buffer()).ok_or_else(other)?, raw(output.buffer()).ok_or_else(other)?);
-    let bytes = (input.elements() * input.dtype().size()).next_multiple_of(4);
-    if bytes > 0 {
-        engine.copy((from, 0), (to, 0), bytes as u64);
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! Launches of `shaders/row_function.wgsl`.
+//! Launches of `row_function`.
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch};
+use super::{Bindable, Engine, Launch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::objective::RowFunction;
@@ -10,7 +10,7 @@ use crate::objective::RowFunction;
 /// Rows of a workgroup that collects.
 const GROUP: usize = 256;
 /// Values of an outcome: a row's statistics, its loss, and two gradients.
-pub(super) const OUTCOME: usize = 11;
+pub(crate) const OUTCOME: usize = 11;
 
 /// The number of a row function in the shader, and its numbers.
 fn numbered(function: RowFunction) -> (u32, [f64; 2]) {
@@ -30,38 +30,38 @@ fn numbered(function: RowFunction) -> (u32, [f64; 2]) {
 }
 
 /// The rows of a strip and what they hold.
-pub(super) struct Rows<'a> {
-    pub(super) rows: Range<usize>,
+pub(crate) struct Rows<'a> {
+    pub(crate) rows: Range<usize>,
     /// Rows of the batch.
-    pub(super) pairs: usize,
+    pub(crate) pairs: usize,
     /// Columns of a row at each of so many widths.
-    pub(super) stride: usize,
-    pub(super) widths: usize,
-    pub(super) logits: &'a dyn Bindable,
-    pub(super) similarities: &'a dyn Bindable,
-    pub(super) positives: &'a dyn Bindable,
-    pub(super) outcomes: &'a dyn Bindable,
+    pub(crate) stride: usize,
+    pub(crate) widths: usize,
+    pub(crate) logits: &'a dyn Bindable,
+    pub(crate) similarities: &'a dyn Bindable,
+    pub(crate) positives: &'a dyn Bindable,
+    pub(crate) outcomes: &'a dyn Bindable,
 }
 
 /// What a row function is evaluated with.
-pub(super) struct Evaluation<'a> {
-    pub(super) function: RowFunction,
-    pub(super) at_width: usize,
+pub(crate) struct Evaluation<'a> {
+    pub(crate) function: RowFunction,
+    pub(crate) at_width: usize,
     /// Of each row's loss, beside its own.
-    pub(super) weight: f64,
-    pub(super) average: f32,
-    pub(super) smoothing: f64,
+    pub(crate) weight: f64,
+    pub(crate) average: f32,
+    pub(crate) smoothing: f64,
     /// A teacher's logits by row and column, where those of the strip begin, and what they are multiplied with.
-    pub(super) teacher: Option<(&'a dyn Bindable, usize, f64)>,
-    pub(super) log_scale: &'a Tensor,
-    pub(super) row_weights: Option<&'a Tensor>,
-    pub(super) upstream: Option<&'a Tensor>,
+    pub(crate) teacher: Option<(&'a dyn Bindable, usize, f64)>,
+    pub(crate) log_scale: &'a Tensor,
+    pub(crate) row_weights: Option<&'a Tensor>,
+    pub(crate) upstream: Option<&'a Tensor>,
     /// Whether logits become gradients.
-    pub(super) backward: bool,
+    pub(crate) backward: bool,
 }
 
 /// Evaluates the rows of a strip at one width.
-pub(super) fn evaluate(engine: &Engine, rows: &Rows<'_>, evaluation: &Evaluation<'_>) -> Result<()> {
+pub(crate) fn evaluate(engine: &dyn Engine, rows: &Rows<'_>, evaluation: &Evaluation<'_>) -> Result<()> {
     let (function, [parameter, hardness]) = numbered(evaluation.function);
     let mut launch = Launch::new("row_function", "evaluate")
         .constant("FUNCTION", function)
@@ -97,15 +97,15 @@ pub(super) fn evaluate(engine: &Engine, rows: &Rows<'_>, evaluation: &Evaluation
 }
 
 /// What outcomes are collected into.
-pub(super) struct Collected<'a> {
-    pub(super) losses: Option<&'a Tensor>,
-    pub(super) statistics: Option<&'a Tensor>,
-    pub(super) d_log_scale: Option<&'a Tensor>,
-    pub(super) d_bias: Option<&'a Tensor>,
+pub(crate) struct Collected<'a> {
+    pub(crate) losses: Option<&'a Tensor>,
+    pub(crate) statistics: Option<&'a Tensor>,
+    pub(crate) d_log_scale: Option<&'a Tensor>,
+    pub(crate) d_bias: Option<&'a Tensor>,
 }
 
 /// Adds the outcomes of a strip, of all widths, to what is wanted of them.
-pub(super) fn collect(engine: &Engine, rows: &Rows<'_>, into: &Collected<'_>) -> Result<()> {
+pub(crate) fn collect(engine: &dyn Engine, rows: &Rows<'_>, into: &Collected<'_>) -> Result<()> {
     engine.launch(
         Launch::new("row_function", "collect")
             .read("outcomes", rows.outcomes)

@@ -1,11 +1,11 @@
-//! Launches of `shaders/prefix_norms.wgsl`.
+//! Launches of `prefix_norms`.
 
-use super::engine::{Engine, Launch};
 use super::rows::{ROWS, elements_of};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{PrefixNorm, PrefixNormsBackward, PrefixNormsForward};
 
-pub(super) fn forward(engine: &Engine, arguments: PrefixNormsForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: PrefixNormsForward<'_>) -> Result<()> {
     let PrefixNormsForward { input, widths, norm, output } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     for part in engine.parts(rows, width) {
@@ -26,7 +26,7 @@ pub(super) fn forward(engine: &Engine, arguments: PrefixNormsForward<'_>) -> Res
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: PrefixNormsBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: PrefixNormsBackward<'_>) -> Result<()> {
     let PrefixNormsBackward { input, widths, along, inverse_norms, d_input } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     for part in engine.parts(rows, width) {

@@ -1,12 +1,12 @@
-//! Launches of `shaders/similarity_sweep.wgsl`.
+//! Launches of `similarity_sweep`.
 //!
 //! The matrix is cut into panels whose partial statistics, or gradients, fit a workspace that does not grow with it.
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch, Scratch};
-use super::matmul::{self, Finish, Operand, Output, Product, tile_size};
+use super::matmul::{Finish, Operand, Output, Product};
 use super::partition;
+use super::{Bindable, Engine, Launch, Scratch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::backend::operations::{
@@ -53,7 +53,7 @@ struct Panel {
 
 /// One side's norms, keys and coefficients in one buffer.
 fn pack(
-    engine: &Engine,
+    engine: &dyn Engine,
     matrix: &SimilarityMatrix<'_>,
     rows: usize,
     norms: Option<&Tensor>,
@@ -77,7 +77,7 @@ fn pack(
 
 impl<'a> Sweep<'a> {
     fn new(
-        engine: &Engine,
+        engine: &dyn Engine,
         matrix: SimilarityMatrix<'a>,
         of_rows: Option<&Tensor>,
         of_columns: Option<&Tensor>,
@@ -93,7 +93,7 @@ impl<'a> Sweep<'a> {
         };
         Ok(Self {
             columns: matrix.columns.unwrap_or(matrix.rows),
-            tile: tile_size(engine, rows, columns),
+            tile: engine.tile_size(rows, columns),
             matrix,
             extents,
             packed_rows,
@@ -102,7 +102,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// Packs the rows anew, with their coefficients.
-    fn pack_rows(&mut self, engine: &Engine, coefficients: &Tensor) -> Result<()> {
+    fn pack_rows(&mut self, engine: &dyn Engine, coefficients: &Tensor) -> Result<()> {
         let (norms, _) = self.matrix.norms.unzip();
         let (keys, _) = self.matrix.keys.unzip();
         self.packed_rows = pack(engine, &self.matrix, self.extents.0, norms, keys, Some(coefficients))?;
@@ -138,12 +138,6 @@ impl<'a> Sweep<'a> {
         panels
     }
 
-    /// Whether the products of a panel are computed before, because matmul is so much faster at it.
-    fn multiplies_before(&self, engine: &Engine) -> bool {
-        let (rows, columns, d) = self.extents;
-        matmul::uses_matrices(engine, (rows, columns, d))
-    }
-
     /// One side of a panel, its norms with it.
     fn operand(&self, tensor: &'a Tensor, range: &Range<usize>, of_rows: bool, transposed: bool) -> Operand<'a> {
         let d = self.extents.2;
@@ -158,22 +152,19 @@ impl<'a> Sweep<'a> {
     }
 
     /// The dot products of a panel's rows with its columns, if they are computed before.
-    fn products(&self, engine: &Engine, panel: &Panel) -> Result<Option<Scratch>> {
-        if !self.multiplies_before(engine) {
+    fn products(&self, engine: &dyn Engine, panel: &Panel) -> Result<Option<Scratch>> {
+        if !engine.multiplies_before(self.extents) {
             return Ok(None);
         }
         let (height, width) = (panel.rows.len(), panel.columns.len());
         let products = engine.scratch(height * width, DType::F32)?;
-        matmul::product(
-            engine,
-            &Product {
-                a: self.operand(self.matrix.rows, &panel.rows, true, false),
-                b: self.operand(self.columns, &panel.columns, false, true),
-                extents: (height, width, self.extents.2),
-                output: Output { buffer: &products, first: 0, stride: width, accumulate: false },
-                finish: Finish::default(),
-            },
-        )?;
+        engine.product(&Product {
+            a: self.operand(self.matrix.rows, &panel.rows, true, false),
+            b: self.operand(self.columns, &panel.columns, false, true),
+            extents: (height, width, self.extents.2),
+            output: Output { buffer: &products, first: 0, stride: width, accumulate: false },
+            finish: Finish::default(),
+        })?;
         Ok(Some(products))
     }
 
@@ -208,8 +199,8 @@ impl<'a> Sweep<'a> {
     }
 
     /// Logits kept in a tensor of so many values: as many tiles as fit it and a binding.
-    fn kept<'k>(&self, engine: &Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
-        let most = (engine.limits.max_storage_buffer_binding_size / 4) as usize;
+    fn kept<'k>(&self, engine: &dyn Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
+        let most = usize::try_from(engine.most_bound_bytes() / 4).unwrap_or(usize::MAX);
         Kept { room, tiles: values.min(most) / (self.tile * self.tile), first_row }
     }
 
@@ -236,7 +227,7 @@ impl<'a> Sweep<'a> {
     /// The statistics of some rows, and of all columns in these rows.
     fn statistics(
         &self,
-        engine: &Engine,
+        engine: &dyn Engine,
         sums: bool,
         rows: Range<usize>,
         of_rows: Option<&dyn Bindable>,
@@ -248,7 +239,8 @@ impl<'a> Sweep<'a> {
         let of_columns = if self.is_gram() { of_rows } else { of_columns };
         // Each tile has so many values for each of its rows and columns: as many for each entry of its matrix.
         let workspace = engine.workspace(WORKSPACE);
-        let values = if self.multiplies_before(engine) { workspace } else { workspace / (2 * quantities) * tile };
+        let values =
+            if engine.multiplies_before(self.extents) { workspace } else { workspace / (2 * quantities) * tile };
         let mut begun: Vec<usize> = Vec::new();
         for panel in self.panels(rows.clone(), values) {
             let (height, width) = (panel.rows.len(), panel.columns.len());
@@ -307,7 +299,7 @@ impl<'a> Sweep<'a> {
     /// Adds the gradients of some rows.
     fn gradients(
         &self,
-        engine: &Engine,
+        engine: &dyn Engine,
         rows: Range<usize>,
         sides: (bool, bool),
         kept: Option<Kept<'_>>,
@@ -329,16 +321,13 @@ impl<'a> Sweep<'a> {
                 .size("output_stride", width);
             engine.launch(self.with_kept(launch, kept, false))?;
             let add = |transposed, other: Operand<'_>, output: &Tensor, range: &Range<usize>, inner: usize| {
-                matmul::product(
-                    engine,
-                    &Product {
-                        a: Operand { buffer: &gradient, first: 0, stride: width, transposed, norms: None },
-                        b: other,
-                        extents: (range.len(), d, inner),
-                        output: Output { buffer: output, first: range.start * d, stride: d, accumulate: true },
-                        finish: Finish { log_scale: Some(self.matrix.log_scale), ..Finish::default() },
-                    },
-                )
+                engine.product(&Product {
+                    a: Operand { buffer: &gradient, first: 0, stride: width, transposed, norms: None },
+                    b: other,
+                    extents: (range.len(), d, inner),
+                    output: Output { buffer: output, first: range.start * d, stride: d, accumulate: true },
+                    finish: Finish { log_scale: Some(self.matrix.log_scale), ..Finish::default() },
+                })
             };
             if let Some(d_rows) = d_rows {
                 let columns = self.operand(self.columns, &panel.columns, false, false);
@@ -355,7 +344,7 @@ impl<'a> Sweep<'a> {
 }
 
 /// The statistics of rows without entries.
-fn clear(engine: &Engine, statistics: &dyn Bindable, rows: usize) -> Result<()> {
+fn clear(engine: &dyn Engine, statistics: &dyn Bindable, rows: usize) -> Result<()> {
     engine.launch(
         Launch::new("similarity_sweep", "merge")
             .constant("QUANTITIES", 3)
@@ -377,7 +366,7 @@ fn bindable(tensor: Option<&Tensor>) -> Option<&dyn Bindable> {
     tensor.map(|tensor| tensor as &dyn Bindable)
 }
 
-pub(super) fn forward(engine: &Engine, arguments: SimilaritySweepForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: SimilaritySweepForward<'_>) -> Result<()> {
     let SimilaritySweepForward { matrix, sums, row_statistics, column_statistics, kept } = arguments;
     let (rows, columns, _) = matrix.extents();
     let (of_rows, of_columns) = (row_statistics.as_deref(), column_statistics.as_deref());
@@ -392,7 +381,7 @@ pub(super) fn forward(engine: &Engine, arguments: SimilaritySweepForward<'_>) ->
     sweep.statistics(engine, sums, 0..rows, bindable(of_rows), bindable(of_columns), kept)
 }
 
-pub(super) fn backward(engine: &Engine, arguments: SimilaritySweepBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: SimilaritySweepBackward<'_>) -> Result<()> {
     let SimilaritySweepBackward { matrix, row_coefficients, column_coefficients, kept, d_rows, d_columns } = arguments;
     let (rows, columns, d) = matrix.extents();
     if rows == 0 || columns == 0 || d == 0 {
@@ -406,7 +395,7 @@ pub(super) fn backward(engine: &Engine, arguments: SimilaritySweepBackward<'_>) 
 }
 
 /// Strip by strip: logits, which are kept, and statistics; the partition of the strip's rows; gradients.
-pub(super) fn one_way(engine: &Engine, arguments: SimilaritySweepOneWay<'_>) -> Result<()> {
+pub(crate) fn one_way(engine: &dyn Engine, arguments: SimilaritySweepOneWay<'_>) -> Result<()> {
     let SimilaritySweepOneWay { matrices, partition, d_rows, d_columns } = arguments;
     let mut sweeps =
         matrices.iter().map(|matrix| Sweep::new(engine, *matrix, None, None)).collect::<Result<Vec<_>>>()?;

@@ -1,8 +1,8 @@
-//! Launches of `shaders/embedding.wgsl`.
+//! Launches of `embedding`.
 
-use super::engine::{Engine, Launch};
 use super::reduce::column_sum_of;
 use super::rows::{COLUMNS, ROWS, elements_of};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{EmbeddingBackward, EmbeddingForward};
 use crate::error::DType;
@@ -11,7 +11,7 @@ use crate::error::DType;
 const RUN: usize = 32;
 const RUNS: usize = 8;
 
-pub(super) fn forward(engine: &Engine, arguments: EmbeddingForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: EmbeddingForward<'_>) -> Result<()> {
     let EmbeddingForward { tokens, positions, word, position, token_type, output } = arguments;
     let (rows, width) = (tokens.elements(), word.shape().width());
     for table in engine.parts(word.shape().rows(), width) {
@@ -38,7 +38,7 @@ pub(super) fn forward(engine: &Engine, arguments: EmbeddingForward<'_>) -> Resul
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: EmbeddingBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: EmbeddingBackward<'_>) -> Result<()> {
     let EmbeddingBackward { upstream, tokens, order, offsets, d_word, d_position, d_token_type } = arguments;
     let (rows, width) = (upstream.shape().rows(), upstream.shape().width());
     let (runs, columns) = (rows.div_ceil(RUN), width.div_ceil(COLUMNS));

@@ -1,4 +1,4 @@
-//! Launches of `shaders/row_sweep.wgsl`, and of the matrix products between them.
+//! Launches of `row_sweep`, and of the matrix products between them.
 //!
 //! As on the CPU, rows are taken in strips whose products with all candidates of all blocks stand side by side in a
 //! workspace, with the columns of one width after those of another. Products over the values between two widths are
@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch, Scratch};
-use super::matmul::{Finish, Operand, Output, Product, product};
+use super::matmul::{Finish, Operand, Output, Product};
 use super::row_function::{Collected, Evaluation, OUTCOME, Rows, collect, evaluate};
+use super::{Bindable, Engine, Launch, Scratch};
 use crate::backend::Tensor;
 use crate::backend::operations::{NO_ENTRY, PositiveTensors, RowSweep, RowSweepSide, side_of, side_of_tower};
 use crate::error::DType;
@@ -102,7 +102,7 @@ struct Keys {
 }
 
 impl Keys {
-    fn new(engine: &Engine, arguments: &RowSweep<'_>, sides: &[Option<Side<'_>>; 5], pairs: usize) -> Result<Self> {
+    fn new(engine: &dyn Engine, arguments: &RowSweep<'_>, sides: &[Option<Side<'_>>; 5], pairs: usize) -> Result<Self> {
         let mut length = 0;
         let mut room = |elements: usize| {
             length += elements;
@@ -125,13 +125,9 @@ impl Keys {
         }
         let buffer = engine.scratch(length.max(1), DType::U32)?;
         for (keys, place) in given.into_iter().zip(places) {
-            let (Some((from, bytes)), Some((to, _)), Some(place)) =
-                (keys.and_then(Bindable::bind), buffer.bind(), place)
-            else {
-                continue;
-            };
+            let (Some((from, bytes)), Some(place)) = (keys.map(Bindable::bind), place) else { continue };
             if bytes > 0 {
-                engine.copy((from, 0), (to, 4 * place as u64), bytes as u64);
+                engine.copy((from, 0), (&*buffer.buffer, 4 * place), bytes)?;
             }
         }
         for side in [2, 3] {
@@ -217,7 +213,7 @@ struct Factors<'a> {
 
 /// What the passes of a sweep share.
 struct Sweep<'a> {
-    engine: &'a Engine,
+    engine: &'a dyn Engine,
     objective: &'a Objective,
     keys: Keys,
     log_scale: &'a Tensor,
@@ -314,16 +310,13 @@ impl Sweep<'_> {
                     continue;
                 }
                 let first = w * line.stride + place.columns.first + part.start;
-                product(
-                    self.engine,
-                    &Product {
-                        a: operand(anchors, units[0], &line.rows, segment, false),
-                        b: operand(candidates, units[1], &part, segment, true),
-                        extents: (line.rows.len(), part.len(), segment.len()),
-                        output: Output { buffer: output, first, stride: line.full(), accumulate: false },
-                        finish: Finish::default(),
-                    },
-                )?;
+                self.engine.product(&Product {
+                    a: operand(anchors, units[0], &line.rows, segment, false),
+                    b: operand(candidates, units[1], &part, segment, true),
+                    extents: (line.rows.len(), part.len(), segment.len()),
+                    output: Output { buffer: output, first, stride: line.full(), accumulate: false },
+                    finish: Finish::default(),
+                })?;
             }
         }
         Ok(())
@@ -466,28 +459,22 @@ impl Sweep<'_> {
             };
             let finish = Finish { log_scale: Some(self.log_scale), ..Finish::default() };
             if let Some(d_candidates) = candidates.gradient {
-                product(
-                    self.engine,
-                    &Product {
-                        a: coefficients(true),
-                        b: operand(anchors.embeddings, anchors.units, &line.rows, segment, false),
-                        extents: (candidates.count, segment.len(), line.rows.len()),
-                        output: into(d_candidates, &all),
-                        finish,
-                    },
-                )?;
+                self.engine.product(&Product {
+                    a: coefficients(true),
+                    b: operand(anchors.embeddings, anchors.units, &line.rows, segment, false),
+                    extents: (candidates.count, segment.len(), line.rows.len()),
+                    output: into(d_candidates, &all),
+                    finish,
+                })?;
             }
             if let Some(d_anchors) = anchors.gradient {
-                product(
-                    self.engine,
-                    &Product {
-                        a: coefficients(false),
-                        b: operand(candidates.embeddings, candidates.units, &all, segment, false),
-                        extents: (line.rows.len(), segment.len(), candidates.count),
-                        output: into(d_anchors, &line.rows),
-                        finish,
-                    },
-                )?;
+                self.engine.product(&Product {
+                    a: coefficients(false),
+                    b: operand(candidates.embeddings, candidates.units, &all, segment, false),
+                    extents: (line.rows.len(), segment.len(), candidates.count),
+                    output: into(d_anchors, &line.rows),
+                    finish,
+                })?;
             }
         }
         Ok(())
@@ -735,7 +722,7 @@ fn side<'a>(side: RowSweepSide<'a>, nested: bool) -> Side<'a> {
     }
 }
 
-pub(super) fn forward_backward(engine: &Engine, mut arguments: RowSweep<'_>) -> Result<()> {
+pub(crate) fn forward_backward(engine: &dyn Engine, mut arguments: RowSweep<'_>) -> Result<()> {
     let (nested, pairs) = (arguments.is_nested(), arguments.rows());
     let sides = std::mem::take(&mut arguments.sides).map(|of| of.map(|of| side(of, nested)));
     if pairs == 0 {

@@ -1,13 +1,13 @@
-//! Launches of `shaders/adamw.wgsl`.
+//! Launches of `adamw`.
 
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::AdamW;
 
 /// Elements of a workgroup.
 const GROUP: usize = 256;
 
-pub(super) fn step(engine: &Engine, arguments: AdamW<'_>) -> Result<()> {
+pub(crate) fn step(engine: &dyn Engine, arguments: AdamW<'_>) -> Result<()> {
     let AdamW { parameter, gradient, first_moment, second_moment, clip, .. } = arguments;
     let (beta_1, beta_2) = arguments.betas;
     // In float64: these are small differences.

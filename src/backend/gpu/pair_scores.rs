@@ -1,6 +1,6 @@
-//! Launches of `shaders/pair_scores.wgsl`.
+//! Launches of `pair_scores`.
 
-use super::engine::{Engine, Launch, Scratch};
+use super::{Engine, Launch, Scratch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::backend::operations::PairScores;
@@ -19,7 +19,7 @@ struct Order {
 
 impl Order {
     /// A bitonic sort: always the same steps.
-    fn new(engine: &Engine, scores: &Tensor) -> Result<Self> {
+    fn new(engine: &dyn Engine, scores: &Tensor) -> Result<Self> {
         let count = scores.elements();
         let padded = count.next_power_of_two().max(RUN);
         let places = engine.scratch(2 * padded, DType::U32)?;
@@ -72,7 +72,7 @@ impl Order {
 }
 
 /// Running sums of exponentials, in place: those of each 256, and the totals of these the same way.
-fn scan(engine: &Engine, sums: &Scratch, count: usize) -> Result<()> {
+fn scan(engine: &dyn Engine, sums: &Scratch, count: usize) -> Result<()> {
     let groups = count.div_ceil(GROUP);
     let totals = engine.scratch(2 * groups, DType::F32)?;
     engine.launch(
@@ -95,7 +95,7 @@ fn scan(engine: &Engine, sums: &Scratch, count: usize) -> Result<()> {
     )
 }
 
-pub(super) fn forward(engine: &Engine, arguments: PairScores<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: PairScores<'_>) -> Result<()> {
     let PairScores { similarity, scores, log_scale, function, loss, gradient } = arguments;
     let count = similarity.elements();
     let launch = |entry: &'static str| {
@@ -156,7 +156,7 @@ mod tests {
             // A permutation with some scores twice: the factor is a prime.
             let scores: Vec<f32> = (0..n).map(|i| (i * 7_919 % n / 3 * 2) as f32 - 99.0).collect();
             let similarity: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
-            for device in super::super::available() {
+            for device in Device::available() {
                 for function in [ScoreFunction::Cosent, ScoreFunction::Pearson, ScoreFunction::RankKl] {
                     let (loss, gradient) = run(&device, function, &similarity, &scores).unwrap();
                     let (expected, of_processor) = run(&Device::cpu(), function, &similarity, &scores).unwrap();

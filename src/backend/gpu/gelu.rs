@@ -1,13 +1,13 @@
-//! Launches of `shaders/gelu.wgsl`. Forward, the function is part of the matrix product.
+//! Launches of `gelu`. Forward, the function is part of the matrix product.
 
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::GeluBackward;
 
 /// Elements of a workgroup.
 const GROUP: usize = 256;
 
-pub(super) fn backward(engine: &Engine, arguments: GeluBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: GeluBackward<'_>) -> Result<()> {
     let GeluBackward { input, gradient } = arguments;
     for part in engine.parts(input.elements(), 1) {
         engine.launch(

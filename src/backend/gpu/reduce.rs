@@ -1,6 +1,6 @@
-//! Launches of `shaders/reduce.wgsl`.
+//! Launches of `reduce`.
 
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::backend::operations::{ColumnSum, SquareSum, Sum};
@@ -14,7 +14,7 @@ const GROUP: usize = 256;
 
 /// `output (+)= factor · Σ input`, or of its squares.
 fn reduce(
-    engine: &Engine,
+    engine: &dyn Engine,
     input: &Tensor,
     squares: bool,
     factor: f32,
@@ -23,7 +23,7 @@ fn reduce(
 ) -> Result<()> {
     let count = input.elements();
     // More than a line of workgroups would make parts longer.
-    let part_size = PART.max(count.div_ceil(super::engine::MOST_GROUPS).next_multiple_of(PART));
+    let part_size = PART.max(count.div_ceil(super::MOST_GROUPS).next_multiple_of(PART));
     let parts = count.div_ceil(part_size);
     let partial = engine.scratch(parts.max(1), DType::F32)?;
     let mut done = 0;
@@ -51,19 +51,19 @@ fn reduce(
     )
 }
 
-pub(super) fn sum(engine: &Engine, arguments: Sum<'_>) -> Result<()> {
+pub(crate) fn sum(engine: &dyn Engine, arguments: Sum<'_>) -> Result<()> {
     let Sum { input, factor, output, accumulate } = arguments;
     reduce(engine, input, false, factor, output, accumulate)
 }
 
-pub(super) fn square_sum(engine: &Engine, arguments: SquareSum<'_>) -> Result<()> {
+pub(crate) fn square_sum(engine: &dyn Engine, arguments: SquareSum<'_>) -> Result<()> {
     let SquareSum { input, output, accumulate } = arguments;
     reduce(engine, input, true, 1.0, output, accumulate)
 }
 
 /// `output[c] (+)= Σ_r input[r, c]`
-pub(super) fn column_sum_of(
-    engine: &Engine,
+pub(crate) fn column_sum_of(
+    engine: &dyn Engine,
     input: &Tensor,
     rows: usize,
     width: usize,
@@ -71,7 +71,7 @@ pub(super) fn column_sum_of(
     accumulate: bool,
 ) -> Result<()> {
     let columns = width.div_ceil(GROUP);
-    let part_rows = PART_ROWS.max(rows.div_ceil(super::engine::MOST_GROUPS));
+    let part_rows = PART_ROWS.max(rows.div_ceil(super::MOST_GROUPS));
     let partial = engine.scratch((rows.div_ceil(part_rows) + 8).max(1) * width, DType::F32)?;
     let mut done = 0;
     for part in engine.parts(rows, width) {
@@ -99,7 +99,7 @@ pub(super) fn column_sum_of(
     )
 }
 
-pub(super) fn column_sum(engine: &Engine, arguments: ColumnSum<'_>) -> Result<()> {
+pub(crate) fn column_sum(engine: &dyn Engine, arguments: ColumnSum<'_>) -> Result<()> {
     let ColumnSum { input, output, accumulate } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     column_sum_of(engine, input, rows, width, output, accumulate)

@@ -1,8 +1,8 @@
-//! Launches of `shaders/layer_norm.wgsl`.
+//! Launches of `layer_norm`.
 
 use super::dropout;
-use super::engine::{Engine, Launch};
 use super::rows::{COLUMNS, ROWS, elements_of};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{LayerNormBackward, LayerNormForward};
 use crate::error::DType;
@@ -11,7 +11,7 @@ use crate::error::DType;
 const PART_ROWS: usize = 128;
 const PARTS: usize = 1024;
 
-pub(super) fn forward(engine: &Engine, arguments: LayerNormForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: LayerNormForward<'_>) -> Result<()> {
     let LayerNormForward { input, residual, dropout, gain, bias, epsilon, output, normalised, rstd } = arguments;
     let (rows, width) = (input.shape().rows(), input.shape().width());
     for part in engine.parts(rows, width) {
@@ -39,7 +39,7 @@ pub(super) fn forward(engine: &Engine, arguments: LayerNormForward<'_>) -> Resul
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: LayerNormBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: LayerNormBackward<'_>) -> Result<()> {
     let LayerNormBackward { upstream, normalised, rstd, gain, dropout, d_input, d_residual, d_gain, d_bias } =
         arguments;
     let (rows, width) = (upstream.shape().rows(), upstream.shape().width());

@@ -1,9 +1,9 @@
-//! Launches of `shaders/attention.wgsl`.
+//! Launches of `attention`.
 
 use std::ops::Range;
 
-use super::engine::{Engine, Launch};
 use super::rows::elements_of;
+use super::{Engine, Launch};
 use super::{dropout, positives};
 use crate::backend::operations::{AttentionBackward, AttentionForward, AttentionShape};
 use crate::error::DType;
@@ -23,14 +23,13 @@ struct Window {
 }
 
 /// Cuts rows into windows of which the widest tensor fits one binding.
-fn windows(engine: &Engine, rows: usize, width: usize, longest: usize) -> Result<Vec<Window>> {
+fn windows(engine: &dyn Engine, rows: usize, width: usize, longest: usize) -> Result<Vec<Window>> {
     let fit = engine.parts(rows, width).next().map_or(0, |part| part.len());
     if fit == rows {
         return Ok(vec![Window { owned: 0..rows, bound: 0..rows }]);
     }
     if fit <= longest {
-        let most = engine.limits.max_storage_buffer_binding_size;
-        return Err(engine.limit("max_storage_buffer_binding_size", (4 * (longest + 1) * width) as u64, most));
+        return Err(engine.unbindable((4 * (longest + 1) * width) as u64));
     }
     let step = fit - longest;
     let window = |first: usize| Window { owned: first..rows.min(first + step), bound: first..rows.min(first + fit) };
@@ -71,7 +70,7 @@ fn padded_width(operation: &'static str, width: usize, heads: usize) -> Result<u
     })
 }
 
-pub(super) fn forward(engine: &Engine, arguments: AttentionForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: AttentionForward<'_>) -> Result<()> {
     let AttentionForward { query_key_value, shape, output, log_sum_exp } = arguments;
     let (rows, width) = (output.shape().rows(), output.shape().width());
     let padded_width = padded_width("attention_forward", width, shape.heads)?;
@@ -86,7 +85,7 @@ pub(super) fn forward(engine: &Engine, arguments: AttentionForward<'_>) -> Resul
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: AttentionBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: AttentionBackward<'_>) -> Result<()> {
     let AttentionBackward { upstream, query_key_value, output, log_sum_exp, shape, d_query_key_value } = arguments;
     let (rows, width) = (upstream.shape().rows(), upstream.shape().width());
     let padded_width = padded_width("attention_backward", width, shape.heads)?;

@@ -1,13 +1,13 @@
-//! Launches of `shaders/elementwise.wgsl`.
+//! Launches of `elementwise`.
 
-use super::engine::{Engine, Launch};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{Add, Clamp, ClampBackward, Column, Copy, Fill, Scale};
 
 /// Elements of a workgroup.
 const GROUP: usize = 256;
 
-pub(super) fn fill(engine: &Engine, arguments: Fill<'_>) -> Result<()> {
+pub(crate) fn fill(engine: &dyn Engine, arguments: Fill<'_>) -> Result<()> {
     let Fill { output, value } = arguments;
     for part in engine.parts(output.elements(), 1) {
         engine.launch(
@@ -21,7 +21,7 @@ pub(super) fn fill(engine: &Engine, arguments: Fill<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn copy(engine: &Engine, arguments: Copy<'_>) -> Result<()> {
+pub(crate) fn copy(engine: &dyn Engine, arguments: Copy<'_>) -> Result<()> {
     let Copy { input, input_offset, output, output_offset, elements, accumulate } = arguments;
     for part in engine.parts(elements, 1) {
         let (from, to) = (input_offset + part.start, output_offset + part.start);
@@ -37,13 +37,13 @@ pub(super) fn copy(engine: &Engine, arguments: Copy<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn add(engine: &Engine, arguments: Add<'_>) -> Result<()> {
+pub(crate) fn add(engine: &dyn Engine, arguments: Add<'_>) -> Result<()> {
     let Add { input, output } = arguments;
     let elements = input.elements();
     copy(engine, Copy { input, input_offset: 0, output, output_offset: 0, elements, accumulate: true })
 }
 
-pub(super) fn scale(engine: &Engine, arguments: Scale<'_>) -> Result<()> {
+pub(crate) fn scale(engine: &dyn Engine, arguments: Scale<'_>) -> Result<()> {
     let Scale { factor, output } = arguments;
     for part in engine.parts(output.elements(), 1) {
         engine.launch(
@@ -57,7 +57,7 @@ pub(super) fn scale(engine: &Engine, arguments: Scale<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn column(engine: &Engine, arguments: Column<'_>) -> Result<()> {
+pub(crate) fn column(engine: &dyn Engine, arguments: Column<'_>) -> Result<()> {
     let Column { input, first_row, column, output } = arguments;
     let width = input.shape().width();
     for part in engine.parts(output.elements(), width) {
@@ -74,7 +74,7 @@ pub(super) fn column(engine: &Engine, arguments: Column<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn clamp(engine: &Engine, arguments: Clamp<'_>) -> Result<()> {
+pub(crate) fn clamp(engine: &dyn Engine, arguments: Clamp<'_>) -> Result<()> {
     let Clamp { input, largest, output } = arguments;
     for part in engine.parts(input.elements(), 1) {
         engine.launch(
@@ -89,7 +89,7 @@ pub(super) fn clamp(engine: &Engine, arguments: Clamp<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn clamp_backward(engine: &Engine, arguments: ClampBackward<'_>) -> Result<()> {
+pub(crate) fn clamp_backward(engine: &dyn Engine, arguments: ClampBackward<'_>) -> Result<()> {
     let ClampBackward { input, largest, gradient } = arguments;
     for part in engine.parts(input.elements(), 1) {
         engine.launch(

@@ -1,8 +1,8 @@
-//! Launches of `shaders/merge_statistics.wgsl`.
+//! Launches of `merge_statistics`.
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch};
+use super::{Bindable, Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{MergeStatistics, STATISTICS};
 
@@ -10,7 +10,12 @@ use crate::backend::operations::{MergeStatistics, STATISTICS};
 const GROUP: usize = 256;
 
 /// Merges the statistics of some rows into others, which begin at the first row.
-pub(super) fn merge(engine: &Engine, part: &dyn Bindable, rows: Range<usize>, statistics: &dyn Bindable) -> Result<()> {
+pub(crate) fn merge(
+    engine: &dyn Engine,
+    part: &dyn Bindable,
+    rows: Range<usize>,
+    statistics: &dyn Bindable,
+) -> Result<()> {
     let count = rows.len();
     engine.launch(
         Launch::new("merge_statistics", "forward")
@@ -22,7 +27,7 @@ pub(super) fn merge(engine: &Engine, part: &dyn Bindable, rows: Range<usize>, st
     )
 }
 
-pub(super) fn forward(engine: &Engine, arguments: MergeStatistics<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: MergeStatistics<'_>) -> Result<()> {
     let MergeStatistics { part, statistics } = arguments;
     merge(engine, part, 0..part.shape().rows(), &*statistics)
 }

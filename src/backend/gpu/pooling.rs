@@ -1,11 +1,11 @@
-//! Launches of `shaders/pooling.wgsl`.
+//! Launches of `pooling`.
 
-use super::engine::{Engine, Launch};
 use super::rows::{COLUMNS, elements_of};
+use super::{Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{Pooling, PoolingBackward, PoolingForward};
 
-pub(super) fn forward(engine: &Engine, arguments: PoolingForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: PoolingForward<'_>) -> Result<()> {
     let PoolingForward { input, offsets, pooling, output } = arguments;
     let (sequences, width) = (output.shape().rows(), output.shape().width());
     let columns = width.div_ceil(COLUMNS);
@@ -27,7 +27,7 @@ pub(super) fn forward(engine: &Engine, arguments: PoolingForward<'_>) -> Result<
     Ok(())
 }
 
-pub(super) fn backward(engine: &Engine, arguments: PoolingBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: PoolingBackward<'_>) -> Result<()> {
     let PoolingBackward { upstream, offsets, pooling, d_input } = arguments;
     let (sequences, width) = (upstream.shape().rows(), upstream.shape().width());
     let columns = width.div_ceil(COLUMNS);

@@ -1,7 +1,7 @@
-//! Launches of `shaders/positives.wgsl`.
+//! Launches of `positives`.
 
-use super::engine::{Bindable, Engine, Launch};
 use super::rows::{ROWS, elements_of};
+use super::{Bindable, Engine, Launch};
 use crate::Result;
 use crate::backend::Tensor;
 use crate::backend::operations::{PositivesBackward, PositivesForward};
@@ -10,8 +10,8 @@ use crate::backend::operations::{PositivesBackward, PositivesForward};
 const GROUP: usize = 256;
 
 /// `output[row] = a[row] · b[row]` of matrices of some rows and width, each row times its norm if there are norms.
-pub(super) fn row_products<T: Bindable + ?Sized>(
-    engine: &Engine,
+pub(crate) fn row_products<T: Bindable + ?Sized>(
+    engine: &dyn Engine,
     a: &Tensor,
     b: &Tensor,
     norms: Option<(&Tensor, &Tensor)>,
@@ -35,13 +35,13 @@ pub(super) fn row_products<T: Bindable + ?Sized>(
     Ok(())
 }
 
-pub(super) fn forward(engine: &Engine, arguments: PositivesForward<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: PositivesForward<'_>) -> Result<()> {
     let PositivesForward { queries, documents, norms, similarity } = arguments;
     let size = (queries.shape().rows(), queries.shape().width());
     row_products(engine, queries, documents, norms, size, &*similarity)
 }
 
-pub(super) fn backward(engine: &Engine, arguments: PositivesBackward<'_>) -> Result<()> {
+pub(crate) fn backward(engine: &dyn Engine, arguments: PositivesBackward<'_>) -> Result<()> {
     let PositivesBackward {
         queries,
         documents,

@@ -1,9 +1,9 @@
-//! Launches of `shaders/partition.wgsl`.
+//! Launches of `partition`.
 
 use std::ops::Range;
 
-use super::engine::{Bindable, Engine, Launch};
 use super::merge_statistics::merge;
+use super::{Bindable, Engine, Launch};
 use crate::Result;
 use crate::backend::operations::{Partition, STATISTICS};
 use crate::error::DType;
@@ -12,8 +12,8 @@ use crate::error::DType;
 const GROUP: usize = 256;
 
 /// Finishes some rows, with the statistics of further blocks, which are those of these rows alone.
-pub(super) fn rows(
-    engine: &Engine,
+pub(crate) fn rows(
+    engine: &dyn Engine,
     arguments: &Partition<'_>,
     range: Range<usize>,
     further: &[&dyn Bindable],
@@ -49,6 +49,6 @@ pub(super) fn rows(
     engine.launch(launch.read_if("BLOCKS", "statistics", (!blocks.is_empty()).then_some(&merged)))
 }
 
-pub(super) fn forward(engine: &Engine, arguments: Partition<'_>) -> Result<()> {
+pub(crate) fn forward(engine: &dyn Engine, arguments: Partition<'_>) -> Result<()> {
     rows(engine, &arguments, 0..arguments.similarity.elements(), &[])
 }

@@ -1,0 +1,174 @@
+//! What any GPU does for an operation: which entry points run, over how much, and with what, in shaders or in kernels.
+//!
+//! One file an operation, named as its shader under `shaders/`, its kernel under `kernels/` and its twin in
+//! [`cpu`](super::cpu). An [`Engine`] runs what is launched here; how it compiles, binds and multiplies matrices is its
+//! own.
+
+mod launch;
+mod permutations;
+
+pub(super) mod adamw;
+pub(super) mod aggregate;
+pub(super) mod attention;
+pub(super) mod cast;
+pub(super) mod dropout;
+pub(super) mod elementwise;
+pub(super) mod embedding;
+pub(super) mod gelu;
+pub(super) mod l2_norm;
+pub(super) mod layer_norm;
+#[cfg(feature = "train")]
+pub(crate) mod materialised;
+pub(super) mod matmul;
+pub(super) mod merge_statistics;
+pub(super) mod pair_scores;
+pub(super) mod partition;
+pub(super) mod pooling;
+pub(super) mod positives;
+pub(super) mod prefix_norms;
+pub(super) mod reduce;
+pub(super) mod row_function;
+pub(super) mod row_sweep;
+mod rows;
+pub(super) mod similarity_sweep;
+
+use std::ops::Range;
+
+use super::Buffer;
+use crate::error::DType;
+use crate::{Error, Result};
+pub(crate) use launch::{Bindable, Bound, Groups, Launch, Permutation, Scalar, Scratch};
+use matmul::Product;
+#[cfg(test)]
+pub(crate) use permutations::permutations;
+pub(crate) use permutations::{Listed, listed};
+
+/// Workgroups in one direction that every device allows.
+pub(crate) const MOST_GROUPS: usize = 65_535;
+
+/// A device with everything that operations need of it. What is asked for happens in the order in which it was asked for.
+pub(crate) trait Engine {
+    /// Asks for a launch.
+    fn launch(&self, launch: Launch<'_>) -> Result<()>;
+
+    /// Room for values, which hold anything.
+    fn allocate(&self, elements: usize, dtype: DType) -> Result<Box<dyn Buffer>>;
+
+    /// Asks for a copy of bytes, from and to some byte: all are multiples of 4.
+    fn copy(&self, from: (&dyn Buffer, usize), to: (&dyn Buffer, usize), bytes: usize) -> Result<()>;
+
+    /// Asks for a product of matrices.
+    fn product(&self, product: &Product<'_>) -> Result<()>;
+
+    /// Rows and columns of a tile of a similarity matrix: 64 or 128.
+    fn tile_size(&self, rows: usize, columns: usize) -> usize;
+
+    /// Whether products of a similarity matrix (M, N, K) are computed before they are swept, because products alone are
+    /// so much faster.
+    fn multiplies_before(&self, extents: (usize, usize, usize)) -> bool;
+
+    /// The most bytes that can be bound at once.
+    fn most_bound_bytes(&self) -> u64;
+
+    /// Values of a workspace: so many, or fewer if the device was opened with fewer.
+    fn workspace(&self, values: usize) -> usize;
+
+    /// That something is beyond what can be bound.
+    fn unbindable(&self, bytes: u64) -> Error;
+}
+
+impl dyn Engine + '_ {
+    /// Room for values that an operation needs while it runs.
+    pub(crate) fn scratch(&self, elements: usize, dtype: DType) -> Result<Scratch> {
+        Ok(Scratch { buffer: self.allocate(elements, dtype)?, elements })
+    }
+
+    /// Cuts rows of some width, of f32, into runs that fit one binding each. Runs begin at multiples of 4,096 rows.
+    pub(crate) fn parts(&self, rows: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        // A binding may begin up to 63 elements before its run.
+        let most = (self.most_bound_bytes() / 4) as usize - 64;
+        let fit = (most / width.max(1)).min(1 << 28);
+        let step = if fit > 4096 { fit - fit % 4096 } else { fit.max(1) };
+        (0..rows).step_by(step).map(move |first| first..rows.min(first + step))
+    }
+
+    /// Asks for a copy of elements of 4 bytes.
+    pub(crate) fn copy_elements(
+        &self,
+        (from, first): (&dyn Bindable, usize),
+        (to, to_first): (&dyn Bindable, usize),
+        elements: usize,
+    ) -> Result<()> {
+        if elements == 0 {
+            return Ok(());
+        }
+        self.copy((from.bind().0, 4 * first), (to.bind().0, 4 * to_first), 4 * elements)
+    }
+}
+
+/// The methods of a backend for operations, of a list of them.
+macro_rules! delegate {
+    ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+        fn supported() -> &'static [&'static str] {
+            &[$(stringify!($operation)),*]
+        }
+
+        fn operations(&self) -> &'static [&'static str] {
+            Self::supported()
+        }
+
+        $(
+            fn $operation(&self, arguments: $crate::backend::operations::$arguments<'_>) -> $crate::Result<()> {
+                $crate::backend::gpu::$module::$function(&self.engine, arguments)
+            }
+        )*
+    };
+}
+pub(super) use delegate;
+
+/// The methods of a backend for all operations of a GPU, run by its field `engine`.
+macro_rules! implement_operations {
+    () => {
+        $crate::backend::gpu::delegate! {
+            fill(Fill) => elementwise::fill;
+            copy(Copy) => elementwise::copy;
+            cast(Cast) => cast::forward;
+            add(Add) => elementwise::add;
+            scale(Scale) => elementwise::scale;
+            sum(Sum) => reduce::sum;
+            square_sum(SquareSum) => reduce::square_sum;
+            column_sum(ColumnSum) => reduce::column_sum;
+            matmul(MatMul) => matmul::forward;
+            gelu_backward(GeluBackward) => gelu::backward;
+            dropout(DropoutInPlace) => dropout::forward;
+            layer_norm_forward(LayerNormForward) => layer_norm::forward;
+            layer_norm_backward(LayerNormBackward) => layer_norm::backward;
+            embedding_forward(EmbeddingForward) => embedding::forward;
+            embedding_backward(EmbeddingBackward) => embedding::backward;
+            attention_forward(AttentionForward) => attention::forward;
+            attention_backward(AttentionBackward) => attention::backward;
+            pooling_forward(PoolingForward) => pooling::forward;
+            pooling_backward(PoolingBackward) => pooling::backward;
+            l2_norm_forward(L2NormForward) => l2_norm::forward;
+            l2_norm_backward(L2NormBackward) => l2_norm::backward;
+            l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
+            positives_forward(PositivesForward) => positives::forward;
+            positives_backward(PositivesBackward) => positives::backward;
+            similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
+            similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
+            similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
+            merge_statistics(MergeStatistics) => merge_statistics::forward;
+            partition(Partition) => partition::forward;
+            prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
+            prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
+            column(Column) => elementwise::column;
+            clamp(Clamp) => elementwise::clamp;
+            clamp_backward(ClampBackward) => elementwise::clamp_backward;
+            row_sweep(RowSweep) => row_sweep::forward_backward;
+            aggregate(AggregateRows) => aggregate::forward;
+            adamw(AdamW) => adamw::step;
+            pair_scores(PairScores) => pair_scores::forward;
+        }
+    };
+}
+pub(super) use implement_operations;
