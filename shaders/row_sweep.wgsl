@@ -55,7 +55,7 @@ struct Params {
     stride: u32,
     column: u32,
     width: u32,
-    candidates: u32,
+    candidate_count: u32,
     // Where the block's keys are.
     offsets: u32,
     owners: u32,
@@ -169,13 +169,13 @@ fn own(pair: u32) -> vec2<u32> {
     if (params.offsets != NOWHERE) {
         range = vec2<u32>(keys[params.offsets + pair], keys[params.offsets + pair + 1u]);
     }
-    return min(range, vec2<u32>(params.candidates));
+    return min(range, vec2<u32>(params.candidate_count));
 }
 
 // Which candidate stands in a column of a pair's row; another one in columns that nothing stands in.
 fn candidate_of(pair: u32, column: u32) -> u32 {
     if (has(OWN)) {
-        return min(own(pair).x + column, params.candidates - 1u);
+        return min(own(pair).x + column, params.candidate_count - 1u);
     }
     return column;
 }
@@ -197,7 +197,7 @@ fn owners(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let candidate = group_number(id, lines) * 256u + lane;
-    if (candidate < params.candidates) {
+    if (candidate < params.candidate_count) {
         // The first pair whose candidates end beyond it.
         var low = 0u;
         var high = params.pairs - 1u;
@@ -264,7 +264,7 @@ fn normalise(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_ind
             var similarity = product;
 #ifdef NORMS
             let anchor_norm = anchor_norms[w * params.pairs + pair];
-            let candidate_norm = candidate_norms[w * params.candidates + candidate];
+            let candidate_norm = candidate_norms[w * params.candidate_count + candidate];
             if (has(HALVES)) {
                 similarity -= anchor_norm + candidate_norm;
             } else {
@@ -460,7 +460,7 @@ fn part_along(row: u32, w: u32, column: u32) -> f32 {
 @compute @workgroup_size(256)
 fn along_candidates(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let element = id.x * 256u + lane;
-    let of_width = id.y * params.candidates;
+    let of_width = id.y * params.candidate_count;
     let scale = exponential(log_scale[0]);
     if (has(OWN)) {
         let row = element / params.width;
@@ -495,7 +495,7 @@ fn segments(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_inde
             let at = place(id.y, w, column);
 #ifdef NORMS
             sum += gradient[at]
-                * (anchor_norms[w * params.pairs + pair] * candidate_norms[w * params.candidates + candidate]);
+                * (anchor_norms[w * params.pairs + pair] * candidate_norms[w * params.candidate_count + candidate]);
 #else
             sum += gradient[at];
 #endif

@@ -9,6 +9,8 @@
 //! * You want a general tensor library: no. The tape knows the operations of an encoder and a loss, and no others.
 //! * You want it on **any GPU**: yes, with the feature `wgpu`, which is a default one. See `backend::wgpu`, also for
 //!   computing on buffers and in encoders of one's own.
+//! * You want it on **NVIDIA GPUs**: yes, with the feature `cuda`, which is a default one. Building needs no CUDA. See
+//!   `backend::cuda`, also for computing on memory and streams of one's own.
 //!
 //! # The floors
 //!
@@ -18,7 +20,7 @@
 //! |---|---|
 //! | [`error`] | typed errors, shapes, element types |
 //! | [`objective`] | what is optimised, as data; its definition in float64; the plan of sweeps that computes it |
-//! | [`backend`] | devices, tensors, one method for each operation; the CPU, wgpu |
+//! | [`backend`] | devices, tensors, one method for each operation; the CPU, CUDA, wgpu |
 //! | [`loss`] | runs an objective on a device |
 //! | [`conformance`] | holds a device to the definition |
 //! | [`autograd`] | the tape |
@@ -48,6 +50,7 @@
 //! | feature | default | adds | costs |
 //! |---|---|---|---|
 //! | (none) | | objectives, losses, tape, encoder, optimizer on the CPU | gemm, rayon, bytemuck, half |
+//! | `cuda` | yes | losses, encoder and training on NVIDIA GPUs | cudarc |
 //! | `wgpu` | yes | losses, encoder and training on Vulkan, Metal and Direct3D 12 | wgpu |
 //! | `train` | yes | texts, tokenizers, model folders, training, evaluation | tokenizers, safetensors, plotters, serde |
 //! | `cli` | yes | the `nearfar` program | clap, indicatif |
@@ -78,6 +81,9 @@ pub mod text;
 #[cfg(feature = "train")]
 pub mod train;
 
+/// The crate that [`backend::cuda`] is built with, so that callers with a stream of their own use the same version.
+#[cfg(feature = "cuda")]
+pub use ::cudarc;
 /// The crate that [`backend::wgpu`] is built with, so that callers with a device of their own use the same version.
 #[cfg(feature = "wgpu")]
 pub use ::wgpu;

@@ -10,6 +10,8 @@
 //! * [`philox`]: the random numbers that are the same on every device.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub(crate) mod gpu;
 pub(crate) mod guards;
@@ -36,6 +38,10 @@ use crate::{Error, Result};
 /// What runs the launches of a device that is a GPU.
 #[cfg(all(feature = "train", any(feature = "cuda", feature = "wgpu")))]
 pub(crate) fn engine_of(device: &Device) -> Option<&dyn gpu::Engine> {
+    #[cfg(feature = "cuda")]
+    if let Some(cuda) = device.backend::<cuda::Cuda>() {
+        return Some(cuda.engine());
+    }
     #[cfg(feature = "wgpu")]
     if let Some(wgpu) = device.backend::<wgpu::Wgpu>() {
         return Some(wgpu.engine());
@@ -251,6 +257,17 @@ pub struct Timing {
     pub seconds: f64,
 }
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+impl Timing {
+    /// Of counts and seconds by name, the longest first.
+    fn longest_first(totals: &std::collections::BTreeMap<String, (usize, f64)>) -> Vec<Self> {
+        let timing = |(name, &(count, seconds)): (&String, &(usize, f64))| Self { name: name.clone(), count, seconds };
+        let mut timings: Vec<Self> = totals.iter().map(timing).collect();
+        timings.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        timings
+    }
+}
+
 /// A device to compute on. Cheap to clone; equal if it is the same device.
 #[derive(Clone)]
 pub struct Device(Arc<dyn Backend>);
@@ -267,13 +284,35 @@ impl Device {
         Self(Arc::new(backend))
     }
 
-    /// The devices that are here: the processor, and what wgpu finds if the crate was built with it.
+    /// The devices that are here: the processor, NVIDIA GPUs and what wgpu finds, if the crate was built with them.
     pub fn available() -> Vec<Self> {
         #[allow(unused_mut, reason = "there may be no other backend")]
         let mut devices = vec![Self::cpu()];
+        #[cfg(feature = "cuda")]
+        devices.extend(cuda::available());
         #[cfg(feature = "wgpu")]
         devices.extend(wgpu::available());
         devices
+    }
+
+    /// The device that `auto` names: the first one that is hardware of its own and works, CUDA before wgpu, else the
+    /// processor. The errors are those of devices that would have been taken instead.
+    pub fn automatic() -> (Self, Vec<Error>) {
+        #[allow(unused_mut, reason = "there may be no other backend")]
+        let mut errors = Vec::new();
+        #[cfg(feature = "cuda")]
+        match cuda::hardware() {
+            Some(Ok(device)) => return (device, errors),
+            Some(Err(error)) => errors.push(error),
+            None => {}
+        }
+        #[cfg(feature = "wgpu")]
+        match wgpu::hardware() {
+            Some(Ok(device)) => return (device, errors),
+            Some(Err(error)) => errors.push(error),
+            None => {}
+        }
+        (Self::cpu(), errors)
     }
 
     /// The device's name as a user writes it, such as `cpu`.
@@ -413,19 +452,20 @@ impl fmt::Debug for Device {
 
 /// The name of a device, or `auto`: the first one that is hardware of its own, else the processor.
 ///
-/// `wgpu` is the first device of wgpu, `wgpu:1` the second. After a comma follows how it is opened, see
-/// [`wgpu::Wgpu::open`].
+/// `cuda` is the first GPU of CUDA, `cuda:1` the second; `wgpu` the first device of wgpu. After a comma follows how it is
+/// opened: see `Settings` of the backend.
 impl FromStr for Device {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
         match name {
             "cpu" => return Ok(Self::cpu()),
-            #[cfg(feature = "wgpu")]
-            "auto" => return Ok(wgpu::hardware().and_then(Result::ok).unwrap_or_else(Self::cpu)),
-            #[cfg(not(feature = "wgpu"))]
-            "auto" => return Ok(Self::cpu()),
+            "auto" => return Ok(Self::automatic().0),
             _ => {}
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda::by_name(name) {
+            return device;
         }
         #[cfg(feature = "wgpu")]
         if let Some(device) = wgpu::by_name(name) {

@@ -8,6 +8,8 @@ use super::{Backend, OPERATIONS, cpu};
 pub fn backends() -> Vec<(&'static str, &'static [&'static str])> {
     #[allow(unused_mut, reason = "there may be no other backend")]
     let mut backends = vec![("cpu", cpu::Cpu::supported())];
+    #[cfg(feature = "cuda")]
+    backends.push(("cuda", super::cuda::Cuda::supported()));
     #[cfg(feature = "wgpu")]
     backends.push(("wgpu", super::wgpu::Wgpu::supported()));
     backends

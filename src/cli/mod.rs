@@ -128,9 +128,11 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 /// The device to compute on.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Device to compute on: auto, cpu, wgpu, wgpu:1, …
+    /// Device to compute on: auto, cpu, cuda, cuda:1, wgpu, wgpu:1, …
     ///
-    /// `auto` takes the first graphics processor that works, else the CPU. `wgpu` is the first device of Vulkan, Metal
+    /// `auto` takes the first graphics processor that works, else the CPU. `cuda` is the first NVIDIA one, by CUDA; after
+    /// a comma follows how it multiplies matrices: `cuda,exact` as exactly as single precision, `plain` without tensor
+    /// cores, `bf16` or `f16` with factors rounded. `wgpu` is the first device of Vulkan, Metal
     /// or Direct3D 12 that `nearfar devices` lists, be it a driver in software, `wgpu:1` the second. After a comma
     /// follows how it is opened, to find out what makes a difference: `wgpu:0,checked` checks every index,
     /// `default-limits` takes what any browser has, `no-subgroups` and `no-f16` do without.
@@ -140,11 +142,15 @@ pub(crate) struct DeviceArgs {
 
 impl DeviceArgs {
     pub(crate) fn open(&self) -> Result<Device> {
-        let device: Device = self.device.parse().context("--device")?;
-        #[cfg(feature = "wgpu")]
-        if let ("auto", Some(Err(error))) = (self.device.as_str(), nearfar::backend::wgpu::hardware()) {
-            tracing::warn!("computing on the CPU, as the graphics processor cannot be used: {error}");
+        if self.device == "auto" {
+            let (device, errors) = Device::automatic();
+            for error in errors {
+                tracing::warn!("computing on {device}, as another device cannot be used: {error}");
+            }
+            tracing::debug!(%device, "computing on {}", device.description());
+            return Ok(device);
         }
+        let device: Device = self.device.parse().context("--device")?;
         tracing::debug!(%device, "computing on {}", device.description());
         Ok(device)
     }

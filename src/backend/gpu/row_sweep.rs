@@ -166,7 +166,7 @@ impl Line {
             .size("stride", self.stride)
             .size("column", columns.first)
             .size("width", columns.width)
-            .size("candidates", columns.candidates)
+            .size("candidate_count", columns.candidates)
             .bits("offsets", key(columns.offsets))
             .bits("owners", key(columns.owners))
             .bits("rules", columns.rules)

@@ -96,11 +96,6 @@ impl Profile {
 
     /// What took how long so far, the longest first.
     pub(super) fn timings(&self) -> Vec<Timing> {
-        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        let timing =
-            |(name, &(count, seconds)): (&String, &(usize, f64))| Timing { name: name.clone(), count, seconds };
-        let mut timings: Vec<Timing> = totals.iter().map(timing).collect();
-        timings.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-        timings
+        Timing::longest_first(&self.totals.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
