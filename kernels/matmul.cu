@@ -47,68 +47,87 @@ __device__ __forceinline__ float factor_of(const float *log_scale) {
     return log_scale ? exponential(log_scale[0]) : 1.0f;
 }
 
-template <int N>
-__device__ __forceinline__ void finish_run(const Finish &to, Run<N> run, u32 row, u32 column) {
-    Run<N> *output = (Run<N> *)(to.output + row * to.output_stride + column);
+#if defined(FORWARD) || defined(MULTIPLY_HALVES) || defined(MULTIPLY_EXACT)
+
+// Writes a tile's values, or adds them, so many at once as the tile has next to each other. What is given begins with
+// the tile; `rows` and `columns` of it are inside.
+template <typename Tile>
+__device__ __forceinline__ void
+write_tile(Tile &tile, float *output, size_t stride, u32 rows, u32 columns, bool accumulate) {
+    constexpr int N = Tile::VECTOR;
+    if (rows >= TILE && columns >= TILE && stride % N == 0 && are_aligned(output)) {
+        if (accumulate) {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        run.values[i] = run.values[i] * to.factors.x * to.factors.y + (to.bias ? __ldg(to.bias + column + i) : 0.0f);
+            for (int u = 0; u < Tile::ROWS; u++) {
+#pragma unroll
+                for (int v = 0; v < Tile::COLUMNS; v += N) {
+                    Run<N> before = *(const Run<N> *)(output + Tile::row(u) * stride + Tile::column(v));
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        tile.at(u, v + i) += before.values[i];
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < Tile::ROWS; u++) {
+#pragma unroll
+            for (int v = 0; v < Tile::COLUMNS; v += N) {
+                Run<N> run;
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    run.values[i] = tile.at(u, v + i);
+                }
+                *(Run<N> *)(output + Tile::row(u) * stride + Tile::column(v)) = run;
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int u = 0; u < Tile::ROWS; u++) {
+        u32 row = Tile::row(u);
+#pragma unroll
+        for (int v = 0; v < Tile::COLUMNS; v++) {
+            u32 column = Tile::column(v);
+            if (row < rows && column < columns) {
+                float *place = output + row * stride + column;
+                *place = (accumulate ? *place : 0.0f) + tile.at(u, v);
+            }
+        }
+    }
+}
+
+// Finishes a tile of products, whose first row and column are given.
+template <typename Tile>
+__device__ __forceinline__ void finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column) {
+    u32 rows = to.rows - first_row;
+    u32 columns = to.columns - first_column;
+#pragma unroll
+    for (int v = 0; v < Tile::COLUMNS; v++) {
+        float bias = to.bias ? __ldg(to.bias + first_column + min(Tile::column(v), columns - 1)) : 0.0f;
+#pragma unroll
+        for (int u = 0; u < Tile::ROWS; u++) {
+            tile.at(u, v) = tile.at(u, v) * to.factors.x * to.factors.y + bias;
+        }
     }
     if (to.kept) {
-        *(Run<N> *)(to.kept + (size_t)row * to.columns + column) = run;
+        float *kept = to.kept + (size_t)first_row * to.columns + first_column;
+        write_tile(tile, kept, to.columns, rows, columns, false);
     }
     if (to.gelu) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            run.values[i] = gelu(run.values[i]);
-        }
-    }
-    if (to.accumulate) {
-        Run<N> before = *output;
+        for (int u = 0; u < Tile::ROWS; u++) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            run.values[i] += before.values[i];
-        }
-    }
-    *output = run;
-}
-
-// Of N values the ones inside, one by one unless all can be written at once.
-template <int N>
-__device__ __forceinline__ void finish_values(const Finish &to, const Run<N> &run, u32 row, u32 column, bool at_once) {
-    if (row >= to.rows) {
-        return;
-    }
-    if (at_once && column + N <= to.columns) {
-        finish_run(to, run, row, column);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (column + i < to.columns) {
-            finish_run(to, Run<1>{run.values[i]}, row, column + i);
-        }
-    }
-}
-
-// Writes a tile's products.
-template <typename Tile>
-__device__ __forceinline__ void finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column) {
-    constexpr int N = Tile::VECTOR;
-    bool at_once = to.output_stride % N == 0 && (!to.kept || to.columns % N == 0) && are_aligned(to.output, to.kept);
-#pragma unroll
-    for (int u = 0; u < Tile::ROWS; u++) {
-#pragma unroll
-        for (int v = 0; v < Tile::COLUMNS; v += N) {
-            Run<N> run;
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                run.values[i] = tile.at(u, v + i);
+            for (int v = 0; v < Tile::COLUMNS; v++) {
+                tile.at(u, v) = gelu(tile.at(u, v));
             }
-            finish_values(to, run, first_row + Tile::row(u), first_column + Tile::column(v), at_once);
         }
     }
+    float *output = to.output + first_row * to.output_stride + first_column;
+    write_tile(tile, output, to.output_stride, rows, columns, to.accumulate);
 }
+
+#endif
 
 #ifdef TRANSPOSE_A
 [[maybe_unused]] constexpr bool LEFT_BY_LINES = false;
@@ -146,6 +165,33 @@ extern "C" __global__ void __launch_bounds__(256) forward(
 
 #endif
 #ifdef FINISH
+
+// Finishes a run of products and writes it.
+template <int N>
+__device__ __forceinline__ void finish_run(const Finish &to, Run<N> run, u32 row, u32 column) {
+    Run<N> *output = (Run<N> *)(to.output + row * to.output_stride + column);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        run.values[i] = run.values[i] * to.factors.x * to.factors.y + (to.bias ? __ldg(to.bias + column + i) : 0.0f);
+    }
+    if (to.kept) {
+        *(Run<N> *)(to.kept + (size_t)row * to.columns + column) = run;
+    }
+    if (to.gelu) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            run.values[i] = gelu(run.values[i]);
+        }
+    }
+    if (to.accumulate) {
+        Run<N> before = *output;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            run.values[i] += before.values[i];
+        }
+    }
+    *output = run;
+}
 
 extern "C" __global__ void __launch_bounds__(256) finish(
     const float *__restrict__ partials, OPTIONAL const float *__restrict__ log_scale,

@@ -20,13 +20,15 @@
 // Keys are ids, labels, segments of pairs, and where each pair's candidates begin, one after the other, those that are
 // there; parameters say where.
 //
-// Launch: blocks, which find what is theirs by their numbers, and take more of it if there are fewer of them than here:
+// Launch: blocks that have so much each:
 //     normalise, entries, segments   1,024 columns in x, rows in y; of entries, widths in z
 //     listed, along_anchors          a row in x; of the latter, widths in y
 //     along_candidates               32 columns, or 1,024 rows times columns if each row has its own, in x, widths in y
 //     own_products                   8 rows times columns, a warp for each
 //     owners                         256 candidates
-//     own_anchors, own_candidates    1,024 elements
+//     own_anchors, own_candidates    1,024 values, 256 where four of them cannot be had at once
+// Where there are more columns, rows times columns or values than the blocks in x have, they go on with the next ones;
+// where there are fewer, the last blocks have nothing to do.
 
 #include "numerics.cuh"
 #include "quads.cuh"

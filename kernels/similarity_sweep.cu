@@ -843,7 +843,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) backward_halves(
     OPTIONAL const u32 *__restrict__ row_keys, OPTIONAL const u32 *__restrict__ column_keys,
     const float *__restrict__ log_scale, OPTIONAL const float *__restrict__ row_coefficients,
     OPTIONAL const float *__restrict__ column_coefficients, OPTIONAL const float *__restrict__ kept,
-    u32 *__restrict__ largest, u16 *__restrict__ gradients,
+    OPTIONAL u32 *__restrict__ largest, u16 *__restrict__ gradients,
     // As of `forward_halves` and `backward`.
     u32 rows, u32 columns, u32 first_row, u32 first_column, u32 width, u32 stride, u32 all_columns, u32 has_diagonal,
     i32 diagonal, u32 gram, u32 cosines, u32 kept_tiles, u32 kept_from, u32 mirror, u32 gradient_stride

@@ -29,7 +29,7 @@ fn the_committed_document_is_the_generated_one() {
 }
 
 /// What stands in the README between `<!-- support -->` and `<!-- end -->`.
-#[cfg(feature = "wgpu")]
+#[cfg(all(feature = "cuda", feature = "wgpu"))]
 #[test]
 fn the_support_table_is_the_generated_one() {
     let generated = nearfar::backend::support_table();
@@ -49,7 +49,7 @@ fn objectives_run_where_the_document_says() {
     let document = table();
     for (name, supported) in nearfar::backend::backends() {
         let missing: Vec<_> = OPERATIONS.iter().filter(|operation| !supported.contains(operation)).collect();
-        let said = document.contains("| definition, cpu, wgpu |") || name == "cpu";
+        let said = document.contains("| definition, cpu, cuda, wgpu |") || name == "cpu";
         assert_eq!(missing.is_empty(), said, "{name} cannot do {missing:?}, and src/objective/table.rs says otherwise");
     }
 }

@@ -36,7 +36,9 @@ __device__ __forceinline__ float sigmoid(float x) {
 
 // log(exp a + exp b), of which either may be NO_ENTRY.
 __device__ __forceinline__ float log_add_exp(float a, float b) {
-    const float high = fmaxf(a, b);
-    const float low = fminf(a, b);
+    // fmaxf would drop what is no number.
+    const bool ordered = a < b;
+    const float high = ordered ? b : a;
+    const float low = ordered ? a : b;
     return low == NO_ENTRY ? high : high + log1pf(expf(low - high));
 }

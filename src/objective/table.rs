@@ -8,7 +8,7 @@ use super::{Aggregate, Objective, PRESETS, Partition, SETTINGS};
 
 /// What computes every objective: the float64 [`definition`](super::definition) and the devices that can do all
 /// operations, as a test makes sure.
-const RUNS_ON: &str = "definition, cpu, wgpu";
+const RUNS_ON: &str = "definition, cpu, cuda, wgpu";
 
 impl Objective {
     /// What stands in the rows of each partition and what they cost, with its weight: the formula for a reader who

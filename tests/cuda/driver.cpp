@@ -1,5 +1,5 @@
-// A libcuda.so.1 without a GPU: memory is the host's, a module is a shared library that the emulated NVRTC has made with
-// g++, and a launch runs the threads of a block as fibers. Everything is done before a call returns. See README.md.
+// A libcuda.so.1 without a GPU: memory is the host's, a module is a shared library that the emulated NVRTC has made,
+// and a launch runs the threads of a block as fibers. Everything is done before a call returns. See README.md.
 
 #include "emulation/runtime.h"
 
@@ -22,12 +22,12 @@
 
 #include <dlfcn.h>
 #include <elf.h>
-#include <execinfo.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #ifdef __F16C__
@@ -528,7 +528,15 @@ struct alignas(64) Lane : Thread {
 };
 
 struct Warp {
-    unsigned present, waiting, ended;
+    unsigned present; // the lanes that there are
+    unsigned ended;
+    unsigned waiting; // at an operation of some of the lanes
+    // An operation of all lanes: how many lanes have arrived, of how many that have not ended, and what they bring, in
+    // one of two places in turn, as a lane may bring the next before another has read this one.
+    unsigned arrived, alive, operations, line;
+    emulation::Kind kind;
+    unsigned bits[2];
+    u64 values[2][32];
 };
 
 static const unsigned ORDERS = 64;
@@ -679,7 +687,7 @@ static void report_deadlock(Worker *worker) {
         if (entry.first.first != ENDED) dprintf(2, " in line %u", entry.first.second);
         Lane &lane = worker->lanes[entry.second.second];
         dprintf(2, ", the first is thread %u", entry.second.second);
-        if (lane.state == AT_WARP) dprintf(2, " (mask %08x)", lane.call->mask);
+        if (lane.state == AT_WARP && lane.call) dprintf(2, " (mask %08x)", lane.call->mask);
         dprintf(2, "\n");
     }
     worker->current = nullptr;
@@ -719,6 +727,7 @@ static void perform(const Copy &copy) {
 }
 
 static bool complete(Worker *worker, unsigned warp, Call *call, Lane *completer);
+static void complete_whole(Worker *worker, Warp &warp, unsigned number, Lane *completer);
 
 static void end_lane(Worker *worker, Lane *lane) {
     worker->ended++;
@@ -730,7 +739,10 @@ static void end_lane(Worker *worker, Lane *lane) {
     }
     Warp &warp = worker->warps[lane->warp];
     warp.ended |= 1u << lane->lane;
+    warp.alive--;
+    warp.values[warp.operations & 1][lane->lane] = ~(u64)0;
     // Those who wait may have waited for this one only.
+    if (warp.arrived && warp.arrived == warp.alive) complete_whole(worker, warp, lane->warp, nullptr);
     unsigned waiting = warp.waiting;
     while (waiting) {
         Lane *other = worker->lanes + lane->warp * 32 + __builtin_ctz(waiting);
@@ -768,7 +780,8 @@ void Worker::run(const Launch *of, u64 block) {
     index.x = (unsigned)(block % of->grid.x);
     index.y = (unsigned)(block / of->grid.x % of->grid.y);
     index.z = (unsigned)(block / of->grid.x / of->grid.y);
-    if (module->shared_end > module->shared) memset(module->shared, 0xff, (size_t)(module->shared_end - module->shared));
+    size_t shared = (size_t)(module->shared_end - module->shared);
+    if (shared) memset(module->shared, 0xff, shared);
     if (dynamic_size) memset(dynamic, 0xff, dynamic_size);
     for (unsigned i = 0; i < count; i++) {
         lanes[i].fiber = nullptr;
@@ -777,7 +790,10 @@ void Worker::run(const Launch *of, u64 block) {
         lanes[i].line = 0;
         lanes[i].copies_begun = lanes[i].groups = 0;
     }
-    for (unsigned i = 0; i < warp_count; i++) warps[i].waiting = warps[i].ended = 0;
+    for (unsigned i = 0; i < warp_count; i++) {
+        warps[i].waiting = warps[i].ended = warps[i].arrived = warps[i].bits[0] = warps[i].bits[1] = 0;
+        warps[i].alive = (unsigned)__builtin_popcount(warps[i].present);
+    }
     ended = arrived = predicates = barriers = 0;
     random = mixed(settings().seed + of->number) + block * 0x9e3779b97f4a7c15ull;
     fill();
@@ -936,7 +952,66 @@ static void load_matrices(Worker *worker, Lane *lanes, bool transposed) {
     }
 }
 
-// Carries an operation out if all the lanes that it names have arrived. They become ready, but for the one given.
+// Makes lanes of a warp ready, in an order by chance, but for the one given.
+static inline void make_ready(Worker *worker, unsigned number, unsigned which, Lane *running) {
+    Lane *lanes = worker->lanes + number * 32;
+    unsigned excluded = running ? running->lane : 32;
+    worker->random += 0x632be59bd9b4e019ull;
+    const unsigned char *order = orders[(worker->random >> 40) % ORDERS];
+    unsigned count = worker->ready_count;
+    if (which == 0xffffffffu) {
+        for (unsigned i = 0; i < 32; i++) {
+            worker->ready[count] = lanes + order[i];
+            count += order[i] != excluded;
+        }
+    } else {
+        for (unsigned i = 0; i < 32; i++) {
+            if (which >> order[i] & 1 && order[i] != excluded) worker->ready[count++] = lanes + order[i];
+        }
+    }
+    worker->ready_count = count;
+}
+
+static void complete_whole(Worker *worker, Warp &warp, unsigned number, Lane *completer) {
+    if (warp.kind >= emulation::MMA_F16) {
+        if (warp.alive != 32) fatal("an operation of the whole warp in line %u lacks lanes", warp.line);
+        Lane *lanes = worker->lanes + number * 32;
+        if (warp.kind == emulation::LDMATRIX || warp.kind == emulation::LDMATRIX_TRANS) {
+            load_matrices(worker, lanes, warp.kind == emulation::LDMATRIX_TRANS);
+        } else {
+            multiply_warp(lanes, warp.kind);
+        }
+    }
+    warp.arrived = 0;
+    warp.operations++;
+    // All have read what was brought to the operation before.
+    warp.bits[warp.operations & 1] = 0;
+    for (unsigned rest = warp.ended; rest; rest &= rest - 1) {
+        warp.values[warp.operations & 1][__builtin_ctz(rest)] = ~(u64)0;
+    }
+    make_ready(worker, number, warp.present & ~warp.ended, completer);
+}
+
+// An operation of all lanes that have not ended.
+static inline void meet(Worker *worker, Lane *lane, Warp &warp, emulation::Kind kind, unsigned line) {
+    lane->line = line;
+    if (warp.arrived == 0) {
+        warp.kind = kind;
+        warp.line = line;
+    } else if (warp.kind != kind) {
+        fatal("lanes of one warp wait at different operations, in lines %u and %u", warp.line, line);
+    }
+    if (++warp.arrived == warp.alive) {
+        complete_whole(worker, warp, lane->warp, lane);
+    } else {
+        lane->state = AT_WARP;
+        suspend(worker, lane);
+        lane->state = READY;
+    }
+}
+
+// An operation of some lanes: carries it out if all that it names have arrived. They become ready, but the completer
+// goes on.
 static bool complete(Worker *worker, unsigned number, Call *call, Lane *completer) {
     Warp &warp = worker->warps[number];
     Lane *lanes = worker->lanes + number * 32;
@@ -947,58 +1022,28 @@ static bool complete(Worker *worker, unsigned number, Call *call, Lane *complete
         Call *other = lanes[__builtin_ctz(rest)].call;
         if (other->mask != mask || other->kind != kind) return false;
     }
-    switch (kind) {
-    case emulation::SYNC: break;
-    case emulation::SHUFFLE:
-        for (unsigned rest = needed; rest; rest &= rest - 1) {
-            Call *reader = lanes[__builtin_ctz(rest)].call;
-            if (reader->lane < 32 && needed >> reader->lane & 1) {
-                const void *source = lanes[reader->lane].call->a;
-                if (reader->size == 4) {
-                    memcpy(reader->result, source, 4);
-                } else {
-                    memcpy(reader->result, source, 8);
-                }
-            } else {
-                memset(reader->result, 0xff, reader->size);
-            }
+    unsigned bits = 0;
+    for (unsigned rest = needed; rest; rest &= rest - 1) {
+        int lane = __builtin_ctz(rest);
+        Call *reader = lanes[lane].call;
+        if (kind == emulation::SHUFFLE) {
+            bool there = reader->lane < 32 && needed >> reader->lane & 1;
+            *(u64 *)reader->result = there ? *(const u64 *)lanes[reader->lane].call->a : ~(u64)0;
+        } else if (kind == emulation::VOTE) {
+            bits |= *(const unsigned *)reader->a << lane;
         }
-        break;
-    case emulation::VOTE: {
-        unsigned bits = 0;
-        for (unsigned rest = needed; rest; rest &= rest - 1) {
-            int lane = __builtin_ctz(rest);
-            bits |= *(const unsigned *)lanes[lane].call->a << lane;
-        }
-        for (unsigned rest = needed; rest; rest &= rest - 1) {
-            *(unsigned *)lanes[__builtin_ctz(rest)].call->result = bits;
-        }
-        break;
     }
-    default:
-        if (needed != 0xffffffffu) fatal("an operation of the whole warp in line %u lacks lanes", call->line);
-        if (kind == emulation::LDMATRIX || kind == emulation::LDMATRIX_TRANS) {
-            load_matrices(worker, lanes, kind == emulation::LDMATRIX_TRANS);
-        } else {
-            multiply_warp(lanes, kind);
-        }
+    for (unsigned rest = needed; rest; rest &= rest - 1) {
+        Lane &lane = lanes[__builtin_ctz(rest)];
+        if (kind == emulation::VOTE) *(unsigned *)lane.call->result = bits;
+        lane.call = nullptr;
     }
     warp.waiting &= ~needed;
-    worker->random += 0x632be59bd9b4e019ull;
-    const unsigned char *order = orders[(worker->random >> 40) % ORDERS];
-    for (unsigned i = 0; i < 32; i++) {
-        if (!(needed >> order[i] & 1)) continue;
-        Lane *lane = lanes + order[i];
-        lane->call = nullptr;
-        lane->state = READY;
-        if (lane != completer) worker->ready[worker->ready_count++] = lane;
-    }
+    make_ready(worker, number, needed, completer);
     return true;
 }
 
-static void warp_operation(Thread *thread, Call *call) {
-    Lane *lane = static_cast<Lane *>(thread);
-    Worker *worker = worker_of(thread);
+static void meet_some(Worker *worker, Lane *lane, Call *call) {
     lane->line = call->line;
     if (!(call->mask >> lane->lane & 1)) {
         fatal("an operation of the warp in line %u: mask %08x lacks the lane %u itself", call->line, call->mask,
@@ -1009,6 +1054,59 @@ static void warp_operation(Thread *thread, Call *call) {
     if (complete(worker, lane->warp, call, lane)) return;
     lane->state = AT_WARP;
     suspend(worker, lane);
+    lane->state = READY;
+}
+
+static void sync_warp(Thread *thread, unsigned mask, unsigned line) {
+    Lane *lane = static_cast<Lane *>(thread);
+    Worker *worker = worker_of(thread);
+    Warp &warp = worker->warps[lane->warp];
+    if ((mask & warp.present) == warp.present) {
+        meet(worker, lane, warp, emulation::SYNC, line);
+    } else {
+        Call call = {emulation::SYNC, mask, line, 0, nullptr, nullptr, nullptr};
+        meet_some(worker, lane, &call);
+    }
+}
+
+static unsigned long shuffle(Thread *thread, unsigned mask, unsigned long value, unsigned from, unsigned line) {
+    Lane *lane = static_cast<Lane *>(thread);
+    Worker *worker = worker_of(thread);
+    Warp &warp = worker->warps[lane->warp];
+    if ((mask & warp.present) == warp.present) {
+        u64 *values = warp.values[warp.operations & 1];
+        values[lane->lane] = value;
+        meet(worker, lane, warp, emulation::SHUFFLE, line);
+        return values[from];
+    }
+    u64 result = 0;
+    Call call = {emulation::SHUFFLE, mask, line, from, &value, nullptr, &result};
+    meet_some(worker, lane, &call);
+    return result;
+}
+
+static unsigned vote(Thread *thread, unsigned mask, unsigned bit, unsigned line) {
+    Lane *lane = static_cast<Lane *>(thread);
+    Worker *worker = worker_of(thread);
+    Warp &warp = worker->warps[lane->warp];
+    if ((mask & warp.present) == warp.present) {
+        unsigned *bits = warp.bits + (warp.operations & 1);
+        *bits |= bit << lane->lane;
+        meet(worker, lane, warp, emulation::VOTE, line);
+        return *bits;
+    }
+    unsigned result = 0;
+    Call call = {emulation::VOTE, mask, line, 0, &bit, nullptr, &result};
+    meet_some(worker, lane, &call);
+    return result;
+}
+
+static void whole_warp(Thread *thread, Call *call) {
+    Lane *lane = static_cast<Lane *>(thread);
+    Worker *worker = worker_of(thread);
+    lane->call = call;
+    meet(worker, lane, worker->warps[lane->warp], call->kind, call->line);
+    lane->call = nullptr;
 }
 
 // A copy is done at once or at the wait for its group, by chance: either may be on a GPU.
@@ -1044,14 +1142,44 @@ static void wait_copies(Thread *thread, unsigned groups) {
 
 static void trap(Thread *, const char *message, unsigned line) { fatal("line %u: %s", line, message); }
 
-static const Runtime runtime = {barrier, warp_operation, begin_copy, commit_copies, wait_copies, trap};
+static const Runtime runtime = {
+    barrier, sync_warp, shuffle, vote, whole_warp, begin_copy, commit_copies, wait_copies, trap,
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Faults
 
 static struct sigaction old_actions[32];
 
-static void on_fault(int signal, siginfo_t *info, void *) {
+// Tells which line of the kernel an instruction is of, where it was compiled to know (with the guards).
+static void describe_instruction(void *context) {
+    ucontext_t *state = (ucontext_t *)context;
+#if defined(__x86_64__)
+    uintptr_t instruction = (uintptr_t)state->uc_mcontext.gregs[REG_RIP];
+#else
+    uintptr_t instruction = (uintptr_t)state->uc_mcontext.pc;
+#endif
+    Dl_info info;
+    if (!settings().guards || !dladdr((void *)instruction, &info)) return;
+    if (!info.dli_fname || !strstr(info.dli_fname, "nearfar-module-")) return;
+    const std::string &image = present_worker->launch->function->module->image;
+    char path[] = "/tmp/nearfar-fault-XXXXXX", offset[32];
+    int file = mkstemp(path);
+    if (file < 0) return;
+    if (write(file, image.data(), image.size()) != (ssize_t)image.size()) return;
+    snprintf(offset, sizeof(offset), "0x%zx", (size_t)(instruction - (uintptr_t)info.dli_fbase));
+    pid_t process = fork();
+    if (process == 0) {
+        dup2(2, 1);
+        unsetenv("LD_LIBRARY_PATH");
+        execlp("addr2line", "addr2line", "-e", path, "-f", "-i", "-p", "-s", offset, (char *)nullptr);
+        _exit(1);
+    }
+    waitpid(process, nullptr, 0);
+    unlink(path);
+}
+
+static void on_fault(int signal, siginfo_t *info, void *context) {
     Worker *worker = present_worker;
     if (!worker || !worker->current) {
         // Not ours: back to whoever was there before, at the second time.
@@ -1078,14 +1206,15 @@ static void on_fault(int signal, siginfo_t *info, void *) {
                 }
             }
             if (next != allocations.end() && next->first - address < 1 << 20) {
-                dprintf(2, ", %zu bytes before the start of an allocation of %zu bytes", (size_t)(next->first - address),
-                        next->second.size);
+                dprintf(2, ", %zu bytes before the start of an allocation of %zu bytes",
+                        (size_t)(next->first - address), next->second.size);
             }
             memory_mutex.unlock();
         }
     }
     dprintf(2, "\n");
     describe_thread();
+    describe_instruction(context);
     _exit(139);
 }
 
@@ -1120,7 +1249,8 @@ static std::atomic<int> lost{SUCCESS}; // the error of a lost context
 
 // What the workers other than the launching thread wait for.
 static std::mutex &pool_mutex = *new std::mutex;
-static std::condition_variable &pool_wake = *new std::condition_variable, &pool_idle = *new std::condition_variable;
+static std::condition_variable &pool_wake = *new std::condition_variable;
+static std::condition_variable &pool_idle = *new std::condition_variable;
 static Launch *pool_launch = nullptr;
 static u64 pool_number = 0;
 static unsigned pool_active = 0;
@@ -1214,7 +1344,9 @@ static void make_orders() {
     }
 }
 
-static Result execute(Function *function, uint3 grid, uint3 threads, uint3 cluster, unsigned dynamic, void **arguments) {
+static Result execute(
+    Function *function, uint3 grid, uint3 threads, uint3 cluster, unsigned dynamic, void **arguments
+) {
     std::lock_guard<std::mutex> lock(launch_mutex);
     if (lost) return (Result)lost.load();
     u64 number = ++launches;
@@ -2188,8 +2320,14 @@ EXPORT Result cuMemsetD32Async(u64 target, unsigned value, size_t count, void *s
     return set_async(target, value, count, stream);
 }
 
+struct Location {
+    int type, id;
+};
+
 EXPORT Result cuMemPrefetchAsync(u64, size_t, int, void *) { return usable(); }
+EXPORT Result cuMemPrefetchAsync_v2(u64, size_t, Location, unsigned, void *) { return usable(); }
 EXPORT Result cuMemAdvise(u64, size_t, int, int) { return usable(); }
+EXPORT Result cuMemAdvise_v2(u64, size_t, int, Location) { return usable(); }
 
 // The pool of memory is there in name only: freed memory goes back at once.
 
@@ -2275,8 +2413,6 @@ static bool runs_here(const char *architecture) {
     return number / 10 == present / 10 && number <= present;
 }
 
-EXPORT const unsigned long emulation_version = EMULATION_VERSION;
-
 static int digit(char c) { return c >= 'a' ? c - 'a' + 10 : c - '0'; }
 
 EXPORT Result cuModuleLoadData(Module **result, const void *image) {
@@ -2305,7 +2441,8 @@ EXPORT Result cuModuleLoadData(Module **result, const void *image) {
         dprintf(2, "emulated GPU: %s\n", error.c_str());
         return INVALID_IMAGE;
     }
-    if (instance->module->version != EMULATION_VERSION) return NO_BINARY_FOR_GPU;
+    // Of another version of the emulation, or compiled without the checks that are asked for now, or with them.
+    if (instance->module->version != EMULATION_VERSION * 2 + settings().guards) return NO_BINARY_FOR_GPU;
     if (!runs_here(instance->module->architecture)) return NO_BINARY_FOR_GPU;
     *result = module.release();
     std::lock_guard<std::mutex> lock(modules_mutex);
@@ -2521,7 +2658,9 @@ EXPORT Result cuLaunchHostFunc(void *stream, void (*function)(void *), void *dat
 
 // Occupancy
 
-EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function *function, int threads, size_t dynamic) {
+EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    int *blocks, Function *function, int threads, size_t dynamic
+) {
     USABLE;
     if (threads < 1 || threads > 1024) return INVALID_VALUE;
     const Settings &s = settings();

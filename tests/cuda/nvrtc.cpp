@@ -120,7 +120,7 @@ EXPORT Result nvrtcDestroyProgram(Program **program) {
 
 static bool in_name(char c) { return isalnum((unsigned char)c) || c == '_'; }
 
-// The same text with blanks in place of comments and of what stands in quotation marks, so that a search finds code only.
+// The same text with blanks in place of comments and of what stands in quotation marks: a search finds code only.
 static std::string without_comments(const std::string &text) {
     std::string result = text;
     size_t i = 0;
@@ -218,8 +218,10 @@ static std::string rewritten(const std::string &source) {
         int depth = 0; // of braces; those of namespaces and of extern "C" do not count, but are rare
         for (size_t i = 0; i < at; i++) depth += code[i] == '{' ? 1 : code[i] == '}' ? -1 : 0;
         std::string variable = code.substr(name, name_end - name);
-        std::string text = depth > 0 ? type + " *const " + variable + " = (" + type + " *)emulation::thread->block->dynamic"
-                                     : "static const emulation::Dynamic<" + type + "> " + variable;
+        std::string text = "static const emulation::Dynamic<" + type + "> " + variable;
+        if (depth > 0) {
+            text = type + " *const " + variable + " = (" + type + " *)emulation::thread->block->dynamic";
+        }
         int lines = 0;
         for (size_t i = at; i < end; i++) lines += code[i] == '\n';
         edits.push_back({at, end, on_one_line(text) + std::string((size_t)lines, '\n')});
@@ -228,14 +230,10 @@ static std::string rewritten(const std::string &source) {
     for (size_t at = find_word(code, "__global__", 0); at != std::string::npos;
          at = find_word(code, "__global__", at + 1)) {
         size_t from = at;
-        size_t line = code.rfind('\n', at);
-        line = line == std::string::npos ? 0 : line + 1;
         size_t linkage = code.rfind("extern", at);
         if (linkage != std::string::npos && code.find_first_of(";{}", linkage) > at) from = linkage;
         size_t cursor = at + 10;
-        std::string bounds;
-        std::string name;
-        bool found = false;
+        std::string bounds, name;
         while (cursor < code.size()) {
             cursor = skip_blanks(code, cursor);
             size_t end = cursor;
@@ -253,10 +251,9 @@ static std::string rewritten(const std::string &source) {
                     name = word;
                     size_t body = skip_blanks(code, close);
                     if (body < code.size() && code[body] == '{') {
-                        found = true;
-                        std::string text = "extern \"C\" void " + name + "(" + on_one_line(inside) + "); EMULATION_KERNEL(" +
-                                           name + ", " + on_one_line(bounds) + ") ";
-                        edits.push_back({from, from, text});
+                        edits.push_back({from, from, "extern \"C\" void " + name + "(" + on_one_line(inside) +
+                                                         "); EMULATION_KERNEL(" + name + ", " + on_one_line(bounds) +
+                                                         ") "});
                     }
                     break;
                 }
@@ -265,7 +262,6 @@ static std::string rewritten(const std::string &source) {
                 cursor = end;
             }
         }
-        (void)found;
     }
 
     std::string result = source;
@@ -409,8 +405,6 @@ EXPORT Result nvrtcCompileProgram(Program *program, int count, const char *const
         }
     }
 
-    std::string name = program->name.substr(program->name.rfind('/') == std::string::npos ? 0
-                                                                                          : program->name.rfind('/') + 1);
     std::map<std::string, std::string> files;
     for (auto &header : program->headers) {
         const std::string &header_name = header.first;
@@ -428,29 +422,34 @@ EXPORT Result nvrtcCompileProgram(Program *program, int count, const char *const
     if (include != std::string::npos) device.replace(include, 20, "#include \"emulation runtime.h\"");
     files["emulation device.h"] = device;
     std::string number = std::to_string(atoi(architecture.c_str()));
-    files["emulation program.cpp"] =
-        "#include \"emulation device.h\"\nEMULATION_MODULE(" + std::to_string((unsigned long)EMULATION_VERSION) + "ul, \"" +
-        (real ? "" : "p") + architecture + "\")\n#line 1 \"" + program->name + "\"\n" + rewritten(program->source) + "\n";
-
     bool checks = atoi(environment("NEARFAR_EMULATED_GUARDS", "0").c_str()) != 0;
+    std::string version = std::to_string(EMULATION_VERSION * 2 + checks);
+    files["emulation program.cpp"] = "#include \"emulation device.h\"\nEMULATION_MODULE(" + version + "ul, \"" +
+                                     (real ? "" : "p") + architecture + "\")\n#line 1 \"" + program->name + "\"\n" +
+                                     rewritten(program->source) + "\n";
+
     std::vector<std::string> arguments = {
         environment("NEARFAR_EMULATED_COMPILER", "g++"), "-x", "c++", "-std=gnu++17", "-O1", "-march=native",
-        "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pipe", "-w", "-Wno-register",
-        "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", "-fno-stack-protector", "-fno-gnu-unique",
+        "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pipe", "-w",
+        "-Wno-register", "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", "-fno-stack-protector",
+        "-fno-gnu-unique",
         "-fvisibility=hidden", "-fno-strict-aliasing", "-fmax-errors=20", "-fno-diagnostics-show-caret",
 #if defined(__x86_64__)
         "-ffixed-r15", "-fcf-protection=none",
 #elif defined(__aarch64__)
         "-ffixed-x28",
 #endif
-        "-nostartfiles", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-D__CUDACC__=1", "-D__CUDACC_RTC__=1", "-D__NVCC__=1",
-        "-D__CUDACC_VER_MAJOR__=12", "-D__CUDACC_VER_MINOR__=8", "-DEMULATION=1", "-D__CUDA_ARCH__=" + number + "0",
+        "-nostartfiles", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-D__CUDACC__=1", "-D__CUDACC_RTC__=1",
+        "-D__NVCC__=1", "-D__CUDACC_VER_MAJOR__=12", "-D__CUDACC_VER_MINOR__=8", "-DEMULATION=1",
+        "-D__CUDA_ARCH__=" + number + "0",
     };
     if (architecture.back() == 'a') arguments.push_back("-D__CUDA_ARCH_FEAT_SM" + number + "_ALL=1");
     if (checks) {
         // A check that fails ends the process with an illegal instruction, of which the driver tells.
         arguments.push_back("-fsanitize=bounds,alignment,integer-divide-by-zero");
         arguments.push_back("-fsanitize-undefined-trap-on-error");
+        arguments.push_back("-g1");
+        arguments.push_back("-gdwarf-4");
     }
     std::string more = environment("NEARFAR_EMULATED_COMPILER_OPTIONS", "");
     for (size_t at = 0; at < more.size();) {
@@ -492,8 +491,10 @@ EXPORT Result nvrtcCompileProgram(Program *program, int count, const char *const
             written.push_back(file.first);
             complete &= write_file(folder + "/" + file.first, file.second);
         }
-        arguments.insert(arguments.end(), {"-I" + folder, folder + "/emulation program.cpp", "-o", folder + "/program.so",
-                                           "-lm", "-lc"});
+        for (const std::string &argument : {"-I" + folder, folder + "/emulation program.cpp", std::string("-o"),
+                                            folder + "/program.so", std::string("-lm"), std::string("-lc")}) {
+            arguments.push_back(argument);
+        }
         int status = complete ? run(arguments, folder + "/log") : -EIO;
         read_file(folder + "/log", &program->log);
         for (size_t at; (at = program->log.find(folder + "/")) != std::string::npos;) {

@@ -656,13 +656,15 @@ static void test_many() {
 
 static void die_deadlock() {
     open_device();
-    void *f = kernel("extern \"C\" __global__ void stuck() {\n if (threadIdx.x < 7) return;\n __syncthreads();\n}", "stuck");
+    void *f = kernel("extern \"C\" __global__ void stuck() {\n if (threadIdx.x < 7) return;\n __syncthreads();\n}",
+                     "stuck");
     launch(f, 4, 64, 0, nullptr);
 }
 
 static void die_barriers() {
     open_device();
-    void *f = kernel("extern \"C\" __global__ void two() {\n if (threadIdx.x < 32)\n __syncthreads();\n else\n __syncthreads();\n}", "two");
+    void *f = kernel("extern \"C\" __global__ void two() {\n if (threadIdx.x < 32)\n __syncthreads();\n else\n"
+                     "__syncthreads();\n}", "two");
     launch(f, 1, 64, 0, nullptr);
 }
 
@@ -674,10 +676,19 @@ static void die_warp() {
     launch(f, 1, 32, 0, nullptr, buffer.address);
 }
 
+static void die_lanes() {
+    open_device();
+    void *f = kernel("extern \"C\" __global__ void lanes(int *p) {\n if (threadIdx.x == 3) __syncthreads();\n"
+                     "*p = __any_sync(~0u, 1);\n}", "lanes");
+    Buffer<int> buffer(1);
+    launch(f, 1, 32, 0, nullptr, buffer.address);
+}
+
 static void die_fault() {
     setenv("NEARFAR_EMULATED_GUARDS", "1", 1);
     open_device();
-    void *f = kernel("extern \"C\" __global__ void beyond(float *p, unsigned n) {\n p[threadIdx.x + n] = 1.0f;\n}", "beyond");
+    void *f = kernel("extern \"C\" __global__ void beyond(float *p, unsigned n) {\n p[threadIdx.x + n] = 1.0f;\n}",
+                     "beyond");
     Buffer<float> buffer(64);
     launch(f, 2, 32, 0, nullptr, buffer.address, 33u);
 }
@@ -730,7 +741,8 @@ static const Test TESTS[] = {
     {"many", test_many, nullptr},
     {"deadlock", die_deadlock, "57 threads wait at the block's barrier in line 3"},
     {"barriers", die_barriers, "barriers of different lines"},
-    {"warp", die_warp, "16 threads wait at an operation of their warp in line 3"},
+    {"warp", die_warp, "lanes of one warp wait at different operations"},
+    {"lanes", die_lanes, "31 threads wait at an operation of their warp in line 3"},
     {"fault", die_fault, "after the end of an allocation of 256 bytes"},
     {"bounds", die_bounds, "kernel outside, block (0, 0, 0) of (1, 1, 1), thread (0, 0, 0)"},
     {"stack", die_stack, "the stack of a thread is full"},

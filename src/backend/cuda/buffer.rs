@@ -8,7 +8,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Gpu;
@@ -29,8 +29,14 @@ struct Memory {
 struct Free {
     /// Memory that nobody uses, by size.
     memory: HashMap<usize, Vec<u64>>,
+    /// That of the recording that is under way, which only it can use.
+    recorded: HashMap<usize, Vec<u64>>,
     /// That with guard words that nobody has looked at, and where the guard words begin.
     guarded: Vec<(Memory, usize)>,
+    /// That which only recordings use any more.
+    kept: Vec<(Memory, Vec<u64>)>,
+    /// Recordings that may run again.
+    recordings: Vec<u64>,
 }
 
 /// Where buffers come from and go back to.
@@ -39,6 +45,9 @@ pub(super) struct Pool {
     free: Mutex<Free>,
     taken: AtomicUsize,
     violations: AtomicUsize,
+    /// The number of the recording that is under way; 0 if there is none.
+    recording: AtomicU64,
+    begun: AtomicU64,
 }
 
 impl fmt::Debug for Pool {
@@ -56,7 +65,14 @@ fn class(bytes: usize) -> usize {
 
 impl Pool {
     pub(super) fn new(gpu: Arc<Gpu>) -> Self {
-        Self { gpu, free: Mutex::default(), taken: AtomicUsize::new(0), violations: AtomicUsize::new(0) }
+        Self {
+            gpu,
+            free: Mutex::default(),
+            taken: AtomicUsize::new(0),
+            violations: AtomicUsize::new(0),
+            recording: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
+        }
     }
 
     fn free(&self) -> MutexGuard<'_, Free> {
@@ -70,14 +86,20 @@ impl Pool {
             return Err(Error::OutOfMemory { device: pool.gpu.title().into(), bytes });
         }
         let end = bytes.next_multiple_of(4);
-        let guarded = guards::are_wanted();
+        let recording = pool.recording();
+        let guarded = guards::are_wanted() && recording == 0;
         let size = if guarded { end.next_multiple_of(GUARD) + GUARD } else { class(bytes) };
-        let found = pool.free().memory.get_mut(&size).and_then(Vec::pop);
+        let mut free = pool.free();
+        let recorded = if recording == 0 { None } else { free.recorded.get_mut(&size).and_then(Vec::pop) };
+        let found = recorded.or_else(|| free.memory.get_mut(&size).and_then(Vec::pop));
+        drop(free);
         let address = match found {
             Some(address) => address,
             None => pool.take(size)?,
         };
-        let buffer = CudaBuffer { memory: Memory { address, size }, end, guarded, home: Home::Pool(pool.clone()) };
+        let home = Home::Pool(pool.clone());
+        let buffer = CudaBuffer { memory: Memory { address, size }, end, guarded, home, recordings: Mutex::default() };
+        buffer.mark();
         if let Some(guard) = buffer.guard() {
             buffer.set(guard, guards::PATTERN)?;
         }
@@ -117,13 +139,61 @@ impl Pool {
         Ok(freed)
     }
 
-    /// Takes memory back that nobody has any more.
-    fn give_back(&self, memory: Memory, end: usize, guarded: bool) {
+    /// Takes memory back that nobody has any more, but perhaps recordings.
+    fn give_back(&self, memory: Memory, end: usize, guarded: bool, mut recordings: Vec<u64>) {
+        let now = self.recording();
         let mut free = self.free();
-        if guarded {
+        recordings.retain(|recording| free.recordings.contains(recording));
+        if recordings == [now] {
+            free.recorded.entry(memory.size).or_default().push(memory.address);
+        } else if !recordings.is_empty() {
+            free.kept.push((memory, recordings));
+        } else if guarded {
             free.guarded.push((memory, end));
         } else {
             free.memory.entry(memory.size).or_default().push(memory.address);
+        }
+    }
+
+    /// The number of the recording that is under way; 0 if there is none.
+    pub(super) fn recording(&self) -> u64 {
+        self.recording.load(Ordering::SeqCst)
+    }
+
+    /// From now on what is used belongs to a recording, too, which may run at any time. False if one is under way.
+    pub(super) fn begin_recording(&self) -> bool {
+        let number = 1 + self.begun.fetch_add(1, Ordering::SeqCst);
+        let mut free = self.free();
+        let begun = self.recording.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        if begun {
+            free.recordings.push(number);
+        }
+        begun
+    }
+
+    /// Ends a recording and returns its number. What it has used is not used otherwise.
+    pub(super) fn end_recording(&self) -> u64 {
+        let mut free = self.free();
+        let number = self.recording.swap(0, Ordering::SeqCst);
+        let recorded = std::mem::take(&mut free.recorded).into_iter();
+        let kept = recorded.flat_map(|(size, addresses)| {
+            addresses.into_iter().map(move |address| (Memory { address, size }, vec![number]))
+        });
+        free.kept.extend(kept);
+        number
+    }
+
+    /// A recording does not run any more.
+    pub(super) fn forget_recording(&self, number: u64) {
+        let mut free = self.free();
+        free.recordings.retain(|recording| *recording != number);
+        for (Memory { address, size }, mut recordings) in std::mem::take(&mut free.kept) {
+            recordings.retain(|recording| *recording != number);
+            if recordings.is_empty() {
+                free.memory.entry(size).or_default().push(address);
+            } else {
+                free.kept.push((Memory { address, size }, recordings));
+            }
         }
     }
 
@@ -188,6 +258,8 @@ pub(super) struct CudaBuffer {
     end: usize,
     guarded: bool,
     home: Home,
+    /// Those that use it.
+    recordings: Mutex<Vec<u64>>,
 }
 
 impl CudaBuffer {
@@ -204,7 +276,8 @@ impl CudaBuffer {
         ordered: bool,
     ) -> Self {
         let memory = Memory { address, size: bytes };
-        Self { memory, end: bytes, guarded: false, home: Home::Caller { gpu, owner, ordered } }
+        let (home, recordings) = (Home::Caller { gpu, owner, ordered }, Mutex::default());
+        Self { memory, end: bytes, guarded: false, home, recordings }
     }
 
     fn gpu(&self) -> &Gpu {
@@ -214,12 +287,25 @@ impl CudaBuffer {
         }
     }
 
+    /// Says that it is used: by the recording that is under way, too, if there is one.
+    pub(super) fn mark(&self) {
+        let Home::Pool(pool) = &self.home else { return };
+        let now = pool.recording();
+        if now != 0 {
+            let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+            if !recordings.contains(&now) {
+                recordings.push(now);
+            }
+        }
+    }
+
     /// Where it begins.
     pub(super) fn address(&self) -> u64 {
         self.memory.address
     }
 
     /// How many bytes it has, with what follows its values.
+    #[cfg(test)]
     pub(super) fn size(&self) -> usize {
         self.memory.size
     }
@@ -279,7 +365,10 @@ impl fmt::Debug for CudaBuffer {
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
         match &mut self.home {
-            Home::Pool(pool) => pool.give_back(self.memory, self.end, self.guarded),
+            Home::Pool(pool) => {
+                let recordings = std::mem::take(self.recordings.get_mut().unwrap_or_else(PoisonError::into_inner));
+                pool.give_back(self.memory, self.end, self.guarded, recordings);
+            }
             Home::Caller { gpu, owner, ordered } => {
                 if owner.is_some() && !*ordered {
                     // A device that fails does not use it any more either.

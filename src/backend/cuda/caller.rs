@@ -1,5 +1,6 @@
 //! A caller's own stream and memory.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
@@ -13,23 +14,34 @@ use crate::backend::{Device, Element, Tensor};
 use crate::error::{DType, Shape};
 use crate::{Error, Result};
 
+/// The handle of the default stream of each thread.
+const PER_THREAD: usize = 2;
+
 impl Cuda {
     /// Opens a GPU by its number, on a stream of its own. Every call makes another device; `"cuda:0".parse::<Device>()`
     /// gives the same one each time.
     ///
     /// # Errors
-    /// [`Error::Device`] if there is no such GPU, or no driver or NVRTC that can be used.
+    /// [`Error::NoDevice`] if there is no such GPU, [`Error::Device`] if there is no driver or NVRTC that can be used.
     pub fn open(index: usize, settings: Settings) -> Result<Self> {
         Self::open_request(Request { index, settings })
     }
 
     /// Computes on a caller's own stream, under a name of the caller's. Everything is asked for in the stream's order, and
-    /// nothing is waited for but what is read back.
+    /// nothing is waited for but what is read back and uploads of more than 1 MiB.
+    ///
+    /// Any thread may use the device; the stream's context is the current one on a thread that did. What is captured from
+    /// the stream into a graph cannot be run again: uploads come from memory that others use later.
     ///
     /// # Errors
+    /// [`Error::Value`] for the default stream of each thread, which is another stream on every thread;
     /// [`Error::Device`] if there is no NVRTC that can be used.
     pub fn from_stream(name: impl Into<String>, stream: Arc<CudaStream>, settings: Settings) -> Result<Self> {
         let name = name.into();
+        if stream.cu_stream() as usize == PER_THREAD {
+            let reason = "is the default stream of each thread, which is another one on every thread".into();
+            return Err(Error::Value { operation: "from_stream", argument: "stream", reason });
+        }
         let gpu = Gpu::of_stream(&name, stream)?;
         Ok(Self { engine: Engine::new(name, settings, gpu)? })
     }
@@ -51,8 +63,10 @@ impl Cuda {
     /// an element.
     ///
     /// # Safety
-    /// There are as many elements of the device's memory at the address as the shape says, for as long as the tensor and
-    /// whatever is computed with it, and work on other streams that writes them is waited for by the device's stream.
+    /// There are as many elements of the device's memory at the address as the shape says, until the tensor and all its
+    /// clones are gone and what was asked for with them is done. No tensor that is written shares them with another one.
+    /// The device's stream comes after whatever else writes them, and whatever else reads or writes them after it comes
+    /// after that.
     pub unsafe fn tensor(device: &Device, address: u64, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let cuda = Self::of("tensor", "device", device)?;
         let shape = shape.into();
@@ -60,7 +74,7 @@ impl Cuda {
             let reason = format!("is {address:#x}, which is no multiple of the {} bytes of {dtype}", dtype.size());
             return Err(Error::value("tensor", "address", reason));
         }
-        let bytes = shape.elements() * dtype.size();
+        let bytes = shape.elements().saturating_mul(dtype.size());
         // SAFETY: as the caller says.
         let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.gpu.clone(), address, bytes, None, true) };
         Ok(Tensor::new(device, shape, dtype, Arc::new(buffer)))
@@ -86,16 +100,18 @@ impl Cuda {
             return Err(Error::value("tensor_of", "slice", format!("lives on another GPU than {}", device.name())));
         }
         let stream = cuda.stream().clone();
-        if slice.stream() != &stream {
+        // On one stream it is freed behind what still uses it.
+        let ordered = slice.stream() == &stream;
+        if !ordered {
             // SAFETY: the slice's stream is of this context and lives as long as it.
             unsafe { cuda.engine.gpu.follow(slice.stream().cu_stream())? };
         }
         let (address, guard) = slice.device_ptr(&stream);
         drop(guard);
         let bytes = shape.elements() * T::DTYPE.size();
+        let owner = Some(Box::new(slice) as Box<dyn Any + Send + Sync>);
         // SAFETY: the slice has as many elements and is kept.
-        let buffer =
-            unsafe { CudaBuffer::of_caller(cuda.engine.gpu.clone(), address, bytes, Some(Box::new(slice)), false) };
+        let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.gpu.clone(), address, bytes, owner, ordered) };
         Ok(Tensor::new(device, shape, T::DTYPE, Arc::new(buffer)))
     }
 
@@ -112,7 +128,7 @@ impl Cuda {
         buffer.ok_or_else(|| cuda.engine.gpu.broken("a tensor of another backend"))
     }
 
-    fn of<'a>(operation: &'static str, argument: &'static str, device: &'a Device) -> Result<&'a Self> {
+    pub(super) fn of<'a>(operation: &'static str, argument: &'static str, device: &'a Device) -> Result<&'a Self> {
         device.backend::<Self>().ok_or_else(|| Error::OtherDevice {
             operation,
             argument,

@@ -53,7 +53,6 @@ pub(super) use functions;
 
 functions! { Functions:
     cuInit(c_uint);
-    cuDriverGetVersion(*mut c_int);
     cuGetErrorName(c_int, *mut *const c_char);
     cuGetErrorString(c_int, *mut *const c_char);
     cuDeviceGetCount(*mut c_int);
@@ -96,12 +95,18 @@ functions! { Functions:
 
 /// What cudarc calls for us beside these, when a context or a stream begins or ends. Every driver since CUDA 12.0 has
 /// all of both lists.
-const OF_CUDARC: [&str; 5] = [
+const OF_CUDARC: [&str; 11] = [
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxSynchronize",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuStreamBeginCapture_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
 ];
 
 /// Why there is no CUDA here.
@@ -218,6 +223,7 @@ impl Driver {
     }
 
     /// The name of a device that is not open.
+    #[cfg(test)]
     pub(super) fn name_of(&self, index: usize) -> std::result::Result<String, String> {
         let mut device = 0;
         let index = c_int::try_from(index).unwrap_or(c_int::MAX);
@@ -441,6 +447,11 @@ impl Gpu {
         Error::Device { device: self.title.clone(), reason: reason.into() }
     }
 
+    /// What cudarc reports.
+    pub(super) fn refused(&self, what: &str, error: DriverError) -> Error {
+        refused(self.driver, &self.title, what, error)
+    }
+
     fn check(&self, code: c_int, what: &str) -> Result<()> {
         if code == 0 { Ok(()) } else { Err(failure(self.driver, &self.title, code, what)) }
     }
@@ -507,6 +518,26 @@ impl Gpu {
         let waited = self.synchronize();
         self.check(code, what)?;
         waited
+    }
+
+    /// Copies from the host whenever what is being recorded runs, for as long as what is returned is kept.
+    ///
+    /// # Safety
+    /// There are so many bytes of the device's memory at `to`.
+    pub(super) unsafe fn upload_again(&self, bytes: &[u8], to: u64) -> Result<Pinned> {
+        let functions = self.bound()?;
+        let mut memory = ptr::null_mut();
+        // SAFETY: there is a place for the address.
+        let code = unsafe { (functions.cuMemAllocHost_v2)(&raw mut memory, bytes.len().max(1)) };
+        self.check(code, "allocating memory of the host")?;
+        let pinned = Pinned { memory, driver: self.driver, context: self.context.clone() };
+        // SAFETY: there is room for the bytes, and the caller says what is at `to`.
+        let code = unsafe {
+            ptr::copy_nonoverlapping(bytes.as_ptr(), memory.cast(), bytes.len());
+            (functions.cuMemcpyHtoDAsync_v2)(to, memory, bytes.len(), self.stream.cu_stream())
+        };
+        self.check(code, "copying to the device")?;
+        Ok(pinned)
     }
 
     /// Copies to the host, when everything before is done.
@@ -640,6 +671,7 @@ impl Gpu {
     }
 
     /// What the compiler made of a kernel.
+    #[cfg(test)]
     pub(super) fn resources(&self, function: &Function) -> Result<Resources> {
         let functions = self.bound()?;
         let of = |attribute: sys::CUfunction_attribute| {
@@ -811,6 +843,7 @@ impl Drop for Function {
 }
 
 /// What a kernel takes of a multiprocessor.
+#[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Resources {
     /// Of a thread.
@@ -821,6 +854,27 @@ pub(super) struct Resources {
     pub(super) shared: u32,
     /// Of a block at most.
     pub(super) threads: u32,
+}
+
+/// Memory of the host that stays where it is.
+pub(super) struct Pinned {
+    memory: *mut c_void,
+    driver: &'static Driver,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the memory is nobody else's.
+unsafe impl Send for Pinned {}
+// SAFETY: as above; nobody looks at it.
+unsafe impl Sync for Pinned {}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Ok(functions) = bind(self.driver, &self.context) {
+            // SAFETY: who drops it has waited for what reads it.
+            unsafe { (functions.cuMemFreeHost)(self.memory) };
+        }
+    }
 }
 
 /// Bytes that are staged before an event.

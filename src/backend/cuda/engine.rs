@@ -2,10 +2,10 @@
 //!
 //! Everything goes onto one stream in the order in which it was asked for; nothing is waited for before a download.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::buffer::{self, CudaBuffer, Pool};
-use super::driver::{self, Gpu, Value};
+use super::driver::{self, Gpu, Pinned, Value};
 use super::kernel::{Entry, Kernels, Kind};
 use super::matmul;
 use super::profile::Profile;
@@ -27,6 +27,8 @@ pub(super) struct Engine {
     pub(super) kernels: Kernels,
     pub(super) pool: Arc<Pool>,
     pub(super) profile: Option<Profile>,
+    /// What the recording that is under way copies from the host.
+    uploads: Mutex<Vec<Pinned>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -41,7 +43,7 @@ impl Engine {
         let kernels = Kernels::new(gpu.clone())?;
         let pool = Arc::new(Pool::new(gpu.clone()));
         let profile = settings.profile.then(Profile::default);
-        Ok(Self { name, settings, gpu, kernels, pool, profile })
+        Ok(Self { name, settings, gpu, kernels, pool, profile, uploads: Mutex::default() })
     }
 
     /// A buffer as this backend's.
@@ -51,12 +53,29 @@ impl Engine {
 
     /// Copies bytes from the host to a buffer.
     pub(super) fn upload(&self, bytes: &[u8], to: &dyn Buffer) -> Result<()> {
-        self.raw(to)?.upload(bytes, 0)
+        let to = self.raw(to)?;
+        if self.pool.recording() == 0 || bytes.is_empty() {
+            return to.upload(bytes, 0);
+        }
+        to.mark();
+        // SAFETY: a tensor's buffer has room for its bytes.
+        let kept = unsafe { self.gpu.upload_again(bytes, to.address())? };
+        self.uploads.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
+        Ok(())
+    }
+
+    /// What the recording that has ended copies from the host.
+    pub(super) fn take_uploads(&self) -> Vec<Pinned> {
+        std::mem::take(&mut *self.uploads.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Waits for everything asked for and copies the first bytes of a buffer to the host.
     pub(super) fn download(&self, from: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
-        self.raw(from)?.download(0, bytes)
+        let from = self.raw(from)?;
+        if self.pool.recording() != 0 && !bytes.is_empty() {
+            return Err(Error::value("download", "tensor", "cannot be read while a graph is recorded"));
+        }
+        from.download(0, bytes)
     }
 
     /// The number that is given to an argument, by the launch or by a flag or constant of it.
@@ -71,7 +90,9 @@ impl Engine {
     /// The address of what a launch binds; the elements of a part are where it begins.
     fn bound(&self, bound: &Bound<'_>) -> Result<u64> {
         let first = bound.part.as_ref().map_or(0, |(range, _)| 4 * range.start as u64);
-        Ok(self.raw(bound.buffer)?.address() + first)
+        let buffer = self.raw(bound.buffer)?;
+        buffer.mark();
+        Ok(buffer.address() + first)
     }
 
     /// Starts a launch, with so many bytes of dynamic shared memory.
@@ -142,8 +163,9 @@ impl Engine {
             unsafe { self.gpu.launch(&launch, entry.label()) }
         };
         match &self.profile {
-            Some(profile) => profile.time(&self.gpu, entry.label(), run),
-            None => run(),
+            // What is recorded takes no time now.
+            Some(profile) if self.pool.recording() == 0 => profile.time(&self.gpu, entry.label(), run),
+            _ => run(),
         }
     }
 
@@ -163,7 +185,10 @@ impl gpu::Engine for Engine {
     }
 
     fn copy(&self, from: (&dyn Buffer, usize), to: (&dyn Buffer, usize), bytes: usize) -> Result<()> {
-        self.raw(from.0)?.copy(from.1..from.1 + bytes, self.raw(to.0)?, to.1)
+        let (from, first, to, to_first) = (self.raw(from.0)?, from.1, self.raw(to.0)?, to.1);
+        from.mark();
+        to.mark();
+        from.copy(first..first + bytes, to, to_first)
     }
 
     fn product(&self, product: &Product<'_>) -> Result<()> {

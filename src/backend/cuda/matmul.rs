@@ -49,8 +49,7 @@ pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
     }
     let tile = tile_size(engine, m, n);
     let tiles = m.div_ceil(tile) * n.div_ceil(tile);
-    let parts =
-        (enough_blocks(engine) / tiles).min(k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
+    let parts = (enough_blocks(engine) / tiles).min(k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
     let part = k.div_ceil(parts).next_multiple_of(16).max(16);
     let parts = k.div_ceil(part).max(1);
     let mut launch = Launch::new("matmul", "forward")

@@ -15,6 +15,7 @@ mod cache;
 mod caller;
 mod driver;
 mod engine;
+mod graph;
 mod kernel;
 mod matmul;
 mod nvrtc;
@@ -30,6 +31,7 @@ use crate::error::DType;
 use crate::{Error, Result};
 use driver::{Driver, Gpu};
 use engine::Engine;
+pub use graph::Graph;
 use profile::Profile;
 use settings::Request;
 pub use settings::{Products, Settings};
@@ -54,6 +56,16 @@ impl Cuda {
 
     fn open_request(request: Request) -> Result<Self> {
         let name = request.to_string();
+        if let Ok(count) = devices() {
+            if count == 0 {
+                return Err(Error::Device { device: name, reason: "the NVIDIA driver finds no GPU here".into() });
+            }
+            if request.index >= count {
+                let available = (0..count).map(|index| format!("cuda:{index}"));
+                let available = std::iter::once("cpu".to_owned()).chain(available).collect();
+                return Err(Error::NoDevice { requested: name, available });
+            }
+        }
         let gpu = Gpu::open(&name, request.index)?;
         Ok(Self { engine: Engine::new(name, request.settings, gpu)? })
     }
@@ -78,9 +90,11 @@ impl Backend for Cuda {
         let of = self.engine.gpu.properties();
         let (major, minor) = self.engine.kernels.nvrtc().version();
         let mebibytes = |bytes: usize| format!("{} MiB", bytes >> 20);
+        let free = self.engine.gpu.free_memory().map_or_else(|_| "unknown".to_owned(), |(free, _)| mebibytes(free));
         vec![
             ("multiprocessors", of.multiprocessors.to_string()),
             ("memory", mebibytes(of.memory)),
+            ("free memory", free),
             ("shared memory of a block", format!("{} KiB", of.shared >> 10)),
             ("L2 cache", mebibytes(of.l2_cache as usize)),
             ("compiler", format!("NVRTC {major}.{minor} for {}", self.engine.kernels.architecture())),

@@ -4,6 +4,7 @@
 //! [`cpu`](super::cpu). An [`Engine`] runs what is launched here; how it compiles, binds and multiplies matrices is its
 //! own.
 
+pub(super) mod cache;
 mod launch;
 mod permutations;
 

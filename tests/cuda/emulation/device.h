@@ -323,28 +323,19 @@ static inline void __trap(EMULATION_LINE) { emulation::runtime->trap(emulation::
 
 // The warp
 static inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_LINE) {
-    emulation::Call call = {emulation::SYNC, mask, line, 0, 0, nullptr, nullptr, nullptr};
-    emulation::runtime->warp(emulation::thread, &call);
+    emulation::runtime->sync(emulation::thread, mask, line);
 }
 
 namespace emulation {
 
-static constexpr unsigned NO_LANE = 32;
-
+// A lane that is to read from none reads its own value.
 template <typename T> static inline T shuffle(unsigned mask, T value, unsigned lane, unsigned line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle takes 4 or 8 bytes");
-    T result;
-    if (lane == NO_LANE) lane = thread->lane;
-    Call call = {SHUFFLE, mask, line, lane, (unsigned)sizeof(T), &value, nullptr, &result};
-    runtime->warp(thread, &call);
-    return result;
-}
-
-static inline unsigned vote(unsigned mask, int predicate, unsigned line) {
-    unsigned bit = predicate != 0;
-    Call call = {VOTE, mask, line, 0, 0, &bit, nullptr, &bit};
-    runtime->warp(thread, &call);
-    return bit;
+    unsigned long word = 0;
+    __builtin_memcpy(&word, &value, sizeof(value));
+    word = runtime->shuffle(thread, mask, word, lane, line);
+    __builtin_memcpy(&value, &word, sizeof(value));
+    return value;
 }
 
 } // namespace emulation
@@ -357,17 +348,17 @@ static inline unsigned vote(unsigned mask, int predicate, unsigned line) {
     static inline type __shfl_xor_sync(unsigned mask, type value, int bits, int width = 32, EMULATION_LINE) {          \
         unsigned lane = emulation::thread->lane, source = lane ^ bits;                                                 \
         bool above = source > (lane | (width - 1));                                                                    \
-        return emulation::shuffle(mask, value, above ? emulation::NO_LANE : source, line);                             \
+        return emulation::shuffle(mask, value, above ? lane : source, line);                                           \
     }                                                                                                                  \
     static inline type __shfl_down_sync(unsigned mask, type value, unsigned delta, int width = 32, EMULATION_LINE) {   \
         unsigned lane = emulation::thread->lane;                                                                       \
         bool outside = (lane & (width - 1)) + delta >= (unsigned)width;                                                \
-        return emulation::shuffle(mask, value, outside ? emulation::NO_LANE : lane + delta, line);                     \
+        return emulation::shuffle(mask, value, outside ? lane : lane + delta, line);                                   \
     }                                                                                                                  \
     static inline type __shfl_up_sync(unsigned mask, type value, unsigned delta, int width = 32, EMULATION_LINE) {     \
         unsigned lane = emulation::thread->lane;                                                                       \
         bool outside = (lane & (width - 1)) < delta;                                                                   \
-        return emulation::shuffle(mask, value, outside ? emulation::NO_LANE : lane - delta, line);                     \
+        return emulation::shuffle(mask, value, outside ? lane : lane - delta, line);                                   \
     }
 EMULATION_SHUFFLES(int)
 EMULATION_SHUFFLES(unsigned)
@@ -379,11 +370,11 @@ EMULATION_SHUFFLES(unsigned long long)
 EMULATION_SHUFFLES(double)
 
 static inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_LINE) {
-    return emulation::vote(mask, predicate, line);
+    return emulation::runtime->vote(emulation::thread, mask, predicate != 0, line);
 }
 static inline int __any_sync(unsigned mask, int predicate, EMULATION_LINE) {
-    return emulation::vote(mask, predicate, line) != 0;
+    return emulation::runtime->vote(emulation::thread, mask, predicate != 0, line) != 0;
 }
 static inline int __all_sync(unsigned mask, int predicate, EMULATION_LINE) {
-    return emulation::vote(mask, !predicate, line) == 0;
+    return emulation::runtime->vote(emulation::thread, mask, predicate == 0, line) == 0;
 }

@@ -1,6 +1,6 @@
 // The emulation's version of kernels/shared/instructions.cuh: the same functions with the same layouts of fragments,
-// without PTX. A product of tiles starts from d and adds the products of one element after the other in order of k, each
-// with a single rounding to f32.
+// without PTX. A product of tiles starts from d and adds one product after the other in order of k, each time with one
+// rounding to f32. (A GPU adds several at once and does not round to nearest in between.)
 
 #pragma once
 
@@ -50,8 +50,8 @@ static inline u32 tf32_of(float x) {
 namespace emulation {
 
 static inline void mma(Kind kind, float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], unsigned line) {
-    Call call = {kind, WHOLE_WARP, line, 0, 0, a, b, d};
-    runtime->warp(thread, &call);
+    Call call = {kind, WHOLE_WARP, line, 0, a, b, d};
+    runtime->whole(thread, &call);
 }
 
 } // namespace emulation
@@ -81,13 +81,13 @@ template <int N> static inline void cp_async_wait() { emulation::runtime->wait(e
 #if __CUDA_ARCH__ >= 750
 
 static inline void ldmatrix_x4(u32 (&r)[4], const void *row, EMULATION_LINE) {
-    emulation::Call call = {emulation::LDMATRIX, WHOLE_WARP, line, 0, 0, row, nullptr, r};
-    emulation::runtime->warp(emulation::thread, &call);
+    emulation::Call call = {emulation::LDMATRIX, WHOLE_WARP, line, 0, row, nullptr, r};
+    emulation::runtime->whole(emulation::thread, &call);
 }
 
 static inline void ldmatrix_x4_trans(u32 (&r)[4], const void *row, EMULATION_LINE) {
-    emulation::Call call = {emulation::LDMATRIX_TRANS, WHOLE_WARP, line, 0, 0, row, nullptr, r};
-    emulation::runtime->warp(emulation::thread, &call);
+    emulation::Call call = {emulation::LDMATRIX_TRANS, WHOLE_WARP, line, 0, row, nullptr, r};
+    emulation::runtime->whole(emulation::thread, &call);
 }
 
 #endif

@@ -39,17 +39,19 @@ struct Call {
     Kind kind;
     unsigned mask;
     unsigned line;
-    unsigned lane;    // SHUFFLE: the lane to read from; one outside of the warp means that there is none
-    unsigned size;    // SHUFFLE: the bytes of the value
-    const void *a;    // SHUFFLE: the value; VOTE: an unsigned that is 0 or 1; MMA: a; LDMATRIX: the row
-    const void *b;    // MMA: b
-    void *result;     // SHUFFLE: of size bytes; VOTE: the unsigned of all lanes' bits; MMA: d; LDMATRIX: 4 unsigned
+    unsigned lane; // SHUFFLE: the lane to read from
+    const void *a; // SHUFFLE: an unsigned long; VOTE: an unsigned that is 0 or 1; MMA: a; LDMATRIX: the row
+    const void *b; // MMA: b
+    void *result;  // SHUFFLE: an unsigned long; VOTE: the unsigned of all lanes' bits; MMA: d; LDMATRIX: 4 unsigned
 };
 
 struct Runtime {
     // The barrier of the block; returns how many threads came with a predicate that is not 0.
     unsigned (*barrier)(Thread *, unsigned predicate, unsigned line);
-    void (*warp)(Thread *, Call *);
+    void (*sync)(Thread *, unsigned mask, unsigned line);
+    unsigned long (*shuffle)(Thread *, unsigned mask, unsigned long value, unsigned lane, unsigned line);
+    unsigned (*vote)(Thread *, unsigned mask, unsigned bit, unsigned line);
+    void (*whole)(Thread *, Call *); // what takes a whole warp
     void (*copy)(Thread *, void *shared, const void *global, bool valid, unsigned line);
     void (*commit)(Thread *);
     void (*wait)(Thread *, unsigned groups);
