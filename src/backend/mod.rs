@@ -101,6 +101,12 @@ macro_rules! backend {
                 Ok(())
             }
 
+            /// How far the factors of large matrix products are rounded, as a part of themselves, where they do not
+            /// keep single precision: 2⁻⁹ in bf16, 2⁻¹² in f16.
+            fn product_rounding(&self) -> f64 {
+                0.0
+            }
+
             /// How long the device was at what so far, the longest first; nothing unless it was opened to be measured.
             fn timings(&self) -> Vec<Timing> {
                 Vec::new()
@@ -358,6 +364,12 @@ impl Device {
     /// What the device reports.
     pub fn submit(&self) -> Result<()> {
         self.0.submit()
+    }
+
+    /// How far the factors of large matrix products are rounded, as a part of themselves, where they do not keep single
+    /// precision: 2⁻⁹ in bf16, 2⁻¹² in f16.
+    pub fn product_rounding(&self) -> f64 {
+        self.0.product_rounding()
     }
 
     /// How long the device was at what so far, the longest first; nothing unless it was opened to be measured, such as

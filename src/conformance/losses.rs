@@ -26,6 +26,8 @@ pub(super) struct LossCase {
 /// How far rounding may move everything that an objective gives.
 struct Bounds<'a> {
     objective: &'a Objective,
+    /// What a product is off by, as a part of itself, because its factors are rounded.
+    rounding: f64,
     /// Each embedding as it was given.
     raw: Vec<&'a [f32]>,
     row_weights: &'a [f32],
@@ -54,7 +56,7 @@ impl Bounds<'_> {
     /// Of what a dot product of some width is off by, beside the normalisation of cosines.
     fn product_error(&self, width: usize) -> f64 {
         let normalised = if self.objective.similarity_kind() == Similarity::Cosine { 2.0 * EPSILON } else { 0.0 };
-        sum_error(width) + normalised
+        sum_error(width) + normalised + self.rounding
     }
 
     fn row(&self, rows: &Rows<'_>, row: &Evaluated, lengths: &[f64], width: usize) -> RowErrors {
@@ -91,7 +93,7 @@ impl Bounds<'_> {
         let target = match objective.target_kind() {
             Target::Positives => 0.0,
             Target::Scores { scale } => EPSILON * scale.abs(),
-            Target::Guide { scale } => scale.abs() * (sum_error(2) + 3.0 * EPSILON),
+            Target::Guide { scale } => scale.abs() * (sum_error(2) + 3.0 * EPSILON + self.rounding),
         };
         let of_targets: f64 = row.targets.iter().zip(&row.logits).map(|(y, z)| 2.0 * target * y * z.abs()).sum();
         let loss = along * delta
@@ -168,7 +170,8 @@ impl Bounds<'_> {
         self.d_log_scale += sum_error(count) * scale_size;
         self.d_bias += sum_error(count) * bias_size;
         for (to, gradient) in self.gradients.iter_mut().enumerate() {
-            let of_sum = (sum_error(terms[to]) + if cosine { sum_error(width) } else { 0.0 }) * size[to];
+            let of_terms = sum_error(terms[to]) + self.rounding;
+            let of_sum = (of_terms + if cosine { sum_error(width) } else { 0.0 }) * size[to];
             let length = match cosine {
                 true => norm(self.raw[to][..width].iter().copied().map(f64::from)).max(SHORTEST),
                 false => 1.0,
@@ -248,7 +251,7 @@ impl LossCase {
         batch
     }
 
-    pub(super) fn expected(&self) -> Result<Vec<Expected>> {
+    pub(super) fn expected(&self, rounding: f64) -> Result<Vec<Expected>> {
         let batch = self.batch();
         let objective = &self.objective;
         let (n, d) = (self.n, self.d);
@@ -256,6 +259,7 @@ impl LossCase {
         let partitions = objective.partitions().len();
         let mut bounds = Bounds {
             objective,
+            rounding: 2.0 * rounding,
             row_weights: &batch.row_weights,
             loss: 0.0,
             losses: vec![0.0; n],

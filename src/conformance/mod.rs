@@ -20,6 +20,9 @@
 //! * A **sum of n products** is off by `ε·(1 + √n/2)` of the sum of their magnitudes (for a dot product, of the product
 //!   of the lengths): roundings are independent, so they grow with √n, in whatever order a device adds. The sums of
 //!   errors over a gradient use the same n.
+//! * Where a device **rounds factors** of products to 16 bits, by u of themselves, a sum of products is off by `2u` more
+//!   of the sum of their magnitudes. That is a model of small errors: it says little where `σ·u` is not small, and
+//!   decisions are close then.
 //! * A **normalised** embedding is off by 2ε, so a cosine by 2ε more than a dot product: η in all.
 //! * The **scale** σ, the exponential of a rounded logarithm, is off by `ρ = ε·(1 + |log σ|)` of itself.
 //! * A **logit** is off by `δ = σ·η + ρ·σ·|s| + ε·|z|`, and ε of a bias, a margin or a hardness weight. All logits of
@@ -256,14 +259,15 @@ impl Case {
     /// # Errors
     /// What the device reports.
     pub fn run(&self, device: &Device) -> Result<Outcome> {
-        self.compare(device, &self.expected()?)
+        self.compare(device, &self.expected(device.product_rounding())?)
     }
 
-    fn expected(&self) -> Result<Vec<Expected>> {
+    /// In float64, for a device that rounds factors of products so far.
+    fn expected(&self, rounding: f64) -> Result<Vec<Expected>> {
         match &self.kind {
-            Kind::Loss(case) => case.expected(),
+            Kind::Loss(case) => case.expected(rounding),
             Kind::Scores(case) => case.expected(),
-            Kind::Operation(case) => Ok(case.expected()),
+            Kind::Operation(case) => Ok(case.expected(rounding)),
         }
     }
 
@@ -337,8 +341,9 @@ pub fn run<'a, E: From<crate::Error>>(
     cases: &[&'a Case],
     mut show: impl FnMut(&'a Case, Outcome) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
+    let rounding = device.product_rounding();
     for cases in cases.chunks(16) {
-        let expected: Vec<Result<Vec<Expected>>> = cases.par_iter().map(|case| case.expected()).collect();
+        let expected: Vec<Result<Vec<Expected>>> = cases.par_iter().map(|case| case.expected(rounding)).collect();
         for (case, expected) in cases.iter().zip(expected) {
             show(case, case.compare(device, &expected?)?)?;
         }

@@ -22,6 +22,8 @@ pub(super) struct OperationCase {
     outputs: Vec<(&'static str, Shape, Option<Vec<f32>>)>,
     run: Box<Run>,
     definition: Box<Definition>,
+    /// Whether it is a matrix product.
+    product: bool,
 }
 
 /// What is uploaded.
@@ -34,6 +36,8 @@ enum Input {
 struct Defined {
     values: Vec<f64>,
     bounds: Vec<f64>,
+    /// What is added for an element, as magnitudes, times the number of such sums in a row.
+    sizes: Vec<f64>,
 }
 
 impl Defined {
@@ -41,13 +45,13 @@ impl Defined {
     fn sums(n: usize, times: f64, elements: impl IntoIterator<Item = (f64, f64)>) -> Self {
         let (values, sizes): (Vec<f64>, Vec<f64>) = elements.into_iter().unzip();
         let bounds = sizes.iter().map(|size| times * sum_error(n) * size + TINY).collect();
-        Self { values, bounds }
+        Self { values, bounds, sizes: sizes.iter().map(|size| times * size).collect() }
     }
 
     /// Values that are copied or chosen: no rounding.
     fn exact(values: impl IntoIterator<Item = f64>) -> Self {
         let values: Vec<f64> = values.into_iter().collect();
-        Self { bounds: vec![0.0; values.len()], values }
+        Self { bounds: vec![0.0; values.len()], sizes: vec![0.0; values.len()], values }
     }
 
     /// Values after a few roundings of their own size.
@@ -57,7 +61,8 @@ impl Defined {
 }
 
 impl OperationCase {
-    pub(super) fn expected(&self) -> Vec<Expected> {
+    pub(super) fn expected(&self, rounding: f64) -> Vec<Expected> {
+        let of_products = if self.product { 2.0 * rounding } else { 0.0 };
         let inputs: Vec<Vec<f64>> = self
             .inputs
             .iter()
@@ -67,7 +72,11 @@ impl OperationCase {
             })
             .collect();
         let outputs = self.outputs.iter().zip((self.definition)(&inputs));
-        outputs.map(|((name, ..), sized)| Expected::new(name, sized.values, sized.bounds)).collect()
+        let expected = |((name, ..), Defined { values, bounds, sizes }): (&(&'static str, _, _), Defined)| {
+            let bounds = bounds.iter().zip(&sizes).map(|(bound, size)| bound + of_products * size).collect();
+            Expected::new(name, values, bounds)
+        };
+        outputs.map(expected).collect()
     }
 
     pub(super) fn inputs(&self) -> Vec<Vec<u32>> {
@@ -130,9 +139,10 @@ impl Table {
         run: impl Fn(&Device, &[Tensor], &mut [Tensor]) -> Result<()> + Send + Sync + 'static,
         definition: impl Fn(&[Vec<f64>]) -> Vec<Defined> + Send + Sync + 'static,
     ) {
-        let case = OperationCase { inputs, outputs, run: Box::new(run), definition: Box::new(definition) };
-        let kind = Kind::Operation(case);
-        self.0.push(Case { name: format!("{}/random/f32", name.into()), slow: false, kind });
+        let name = format!("{}/random/f32", name.into());
+        let (run, definition, product) = (Box::new(run), Box::new(definition), name.starts_with("matmul"));
+        let kind = Kind::Operation(OperationCase { inputs, outputs, run, definition, product });
+        self.0.push(Case { name, slow: false, kind });
     }
 }
 

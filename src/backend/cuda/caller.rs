@@ -30,8 +30,9 @@ impl Cuda {
     /// Computes on a caller's own stream, under a name of the caller's. Everything is asked for in the stream's order, and
     /// nothing is waited for but what is read back and uploads of more than 1 MiB.
     ///
-    /// Any thread may use the device; the stream's context is the current one on a thread that did. What is captured from
-    /// the stream into a graph cannot be run again: uploads come from memory that others use later.
+    /// Any thread may use the device; the stream's context is the current one on a thread that did. What is to be captured
+    /// into a graph goes through [`Cuda::capture`]: a graph of the caller's own would copy from memory of the host, and
+    /// use memory of the device, that others use by then.
     ///
     /// # Errors
     /// [`Error::Value`] for the default stream of each thread, which is another stream on every thread;
@@ -84,7 +85,7 @@ impl Cuda {
     /// way on the slice's own stream is waited for by the device, not by the host.
     ///
     /// # Errors
-    /// [`Error::OtherDevice`] if the device is none of CUDA; [`Error::Value`] if the slice is of another GPU or shorter
+    /// [`Error::OtherDevice`] if the device is none of CUDA; [`Error::Value`] if the slice is of another context or shorter
     /// than the shape.
     pub fn tensor_of<T>(device: &Device, slice: CudaSlice<T>, shape: impl Into<Shape>) -> Result<Tensor>
     where
@@ -97,7 +98,7 @@ impl Cuda {
             return Err(Error::value("tensor_of", "slice", reason));
         }
         if slice.context() != cuda.engine.gpu.context() {
-            return Err(Error::value("tensor_of", "slice", format!("lives on another GPU than {}", device.name())));
+            return Err(Error::value("tensor_of", "slice", format!("is of another context than {}", device.name())));
         }
         let stream = cuda.stream().clone();
         // On one stream it is freed behind what still uses it.

@@ -1,6 +1,7 @@
 //! Launches of `matmul`.
 
 use super::engine::Engine;
+use super::settings::Products;
 use crate::Result;
 use crate::backend::gpu::matmul::{Finish, Product};
 use crate::backend::gpu::{self, Engine as _, Launch};
@@ -16,6 +17,15 @@ const MOST_PARTIAL: usize = 8 << 20;
 /// How products are computed, in words.
 pub(super) fn description(engine: &Engine) -> String {
     engine.settings.products.to_string()
+}
+
+/// How far products round their factors, as a part of themselves.
+pub(super) fn rounding(engine: &Engine) -> f64 {
+    match engine.settings.products {
+        Products::Exact | Products::Plain => 0.0,
+        Products::Bf16 => f64::from(2.0f32.powi(-9)),
+        Products::F16 => f64::from(2.0f32.powi(-12)),
+    }
 }
 
 /// Blocks that keep the device busy.

@@ -102,6 +102,10 @@ impl Backend for Cuda {
         ]
     }
 
+    fn product_rounding(&self) -> f64 {
+        matmul::rounding(&self.engine)
+    }
+
     fn timings(&self) -> Vec<Timing> {
         self.engine.profile.as_ref().map(Profile::timings).unwrap_or_default()
     }

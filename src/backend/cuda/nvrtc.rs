@@ -2,6 +2,7 @@
 //!
 //! It compiles without a device and without a driver. `NEARFAR_NVRTC` names the library where it is not found by itself.
 
+use std::error::Error;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
 use std::ptr;
@@ -27,15 +28,13 @@ functions! { Functions:
 /// There is no NVRTC here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the CUDA compiler NVRTC was not found: {reason} (looked for {}); it is part of the CUDA toolkit and of the Python \
-     package nvidia-cuda-nvrtc, and NEARFAR_NVRTC can name its library",
-    looked_for.join(", ")
+    "the CUDA compiler NVRTC was not found: {}; it is part of the CUDA toolkit and of the Python package \
+     nvidia-cuda-nvrtc, and NEARFAR_NVRTC can name its library",
+    reasons.join(", ")
 )]
 pub(super) struct Missing {
-    /// Under which names it was looked for.
-    pub(super) looked_for: Vec<String>,
-    /// What the last attempt came to.
-    pub(super) reason: String,
+    /// What became of each name under which it was looked for.
+    pub(super) reasons: Vec<String>,
 }
 
 /// What came of a compilation.
@@ -89,19 +88,23 @@ impl Nvrtc {
             Some(path) => vec![path],
             None => candidates(Driver::get().ok().map(|driver| driver.version().0)),
         };
-        let mut reason = String::new();
+        let mut reasons = Vec::new();
         for name in &looked_for {
             match Self::open(name) {
                 Ok(found) => return Ok(found),
-                Err(error) => reason = error,
+                Err(reason) => reasons.push(reason),
             }
         }
-        Err(Missing { looked_for, reason })
+        Err(Missing { reasons })
     }
 
     fn open(name: &str) -> Result<Self, String> {
         // SAFETY: loading NVRTC runs its initialisation, which is made for that.
-        let library = unsafe { Library::new(name) }.map_err(|error| error.to_string())?;
+        let library = unsafe { Library::new(name) }.map_err(|error| {
+            // The system's own words name the library, or one that it needs in turn.
+            let words = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            if words.contains(name) { words } else { format!("{name}: {words}") }
+        })?;
         // SAFETY: these are declared as in NVRTC's header; the library is kept.
         let functions =
             unsafe { Functions::load(&library) }.map_err(|missing| format!("{name} lacks {}", missing.join(", ")))?;
@@ -233,9 +236,10 @@ mod tests {
             assert_eq!(candidates(Some(12)), names);
             assert_eq!(candidates(None)[1], "libnvrtc.so.13");
         }
-        let missing = Missing { looked_for: candidates(None), reason: "no such file".into() };
-        assert!(missing.to_string().contains(&candidates(None)[3]) && missing.to_string().contains("NEARFAR_NVRTC"));
-        assert!(Nvrtc::open("no-such-library").is_err());
+        let reason = Nvrtc::open("no-such-library").unwrap_err();
+        assert!(reason.contains("no-such-library") && reason.len() > 20, "{reason}");
+        let missing = Missing { reasons: vec![reason.clone(), "another reason".into()] }.to_string();
+        assert!(missing.contains(&reason) && missing.contains("another reason; it is part of"), "{missing}");
     }
 
     #[test]
