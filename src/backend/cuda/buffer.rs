@@ -305,7 +305,6 @@ impl CudaBuffer {
     }
 
     /// How many bytes it has, with what follows its values.
-    #[cfg(test)]
     pub(super) fn size(&self) -> usize {
         self.memory.size
     }

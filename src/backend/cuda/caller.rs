@@ -9,7 +9,7 @@ use super::Cuda;
 use super::buffer::{self, CudaBuffer};
 use super::driver::Gpu;
 use super::engine::Engine;
-use super::settings::{Request, Settings};
+use super::settings::{KIND, Request, Settings};
 use crate::backend::{Device, Element, Tensor};
 use crate::error::{DType, Shape};
 use crate::{Error, Result};
@@ -24,7 +24,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::NoDevice`] if there is no such GPU, [`Error::Device`] if there is no driver or NVRTC that can be used.
     pub fn open(index: usize, settings: Settings) -> Result<Self> {
-        Self::open_request(Request { index, settings })
+        Self::open_request(Request { kind: KIND, index, settings })
     }
 
     /// Computes on a caller's own stream, under a name of the caller's. Everything is asked for in the stream's order, and

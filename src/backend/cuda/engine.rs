@@ -87,12 +87,21 @@ impl Engine {
         }
     }
 
-    /// The address of what a launch binds; the elements of a part are where it begins.
+    /// The address of what a launch binds; the elements of a part are where it begins. No kernel is given more than there
+    /// is.
     fn bound(&self, bound: &Bound<'_>) -> Result<u64> {
-        let first = bound.part.as_ref().map_or(0, |(range, _)| 4 * range.start as u64);
+        let (first, end) = match &bound.part {
+            Some((range, _)) => (range.start.saturating_mul(4), range.end.saturating_mul(4)),
+            None => (0, bound.bytes),
+        };
         let buffer = self.raw(bound.buffer)?;
+        // Of nothing, one element may be bound.
+        if first > end || end > buffer.size().max(4) {
+            let (name, size) = (bound.name, buffer.size());
+            return Err(self.gpu.broken(format!("`{name}` is bound to the bytes {first} to {end} of {size}")));
+        }
         buffer.mark();
-        Ok(buffer.address() + first)
+        Ok(buffer.address() + first as u64)
     }
 
     /// Starts a launch, with so many bytes of dynamic shared memory.

@@ -33,7 +33,7 @@ use driver::{Driver, Gpu};
 use engine::Engine;
 pub use graph::Graph;
 use profile::Profile;
-use settings::Request;
+use settings::{KIND, Request};
 pub use settings::{Products, Settings};
 
 /// A device of CUDA.
@@ -148,7 +148,7 @@ fn opened(request: Request) -> Result<Device> {
 
 /// The device of a name, if the name is one of this backend's.
 pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
-    Request::named(name).map(|request| request.and_then(opened))
+    Request::named(KIND, name).map(|request| request.and_then(opened))
 }
 
 /// How many devices there are; an error if there is no driver for them.
@@ -158,7 +158,8 @@ fn devices() -> std::result::Result<usize, driver::Unavailable> {
 
 /// All devices that can be opened.
 pub(super) fn available() -> Vec<Device> {
-    let requests = (0..devices().unwrap_or(0)).map(|index| Request { index, settings: Settings::default() });
+    let requests =
+        (0..devices().unwrap_or(0)).map(|index| Request { kind: KIND, index, settings: Settings::default() });
     requests.filter_map(|request| opened(request).ok()).collect()
 }
 
@@ -166,7 +167,7 @@ pub(super) fn available() -> Vec<Device> {
 pub fn hardware() -> Option<Result<Device>> {
     match devices() {
         Ok(0) | Err(driver::Unavailable::Driver) => None,
-        Ok(_) => Some(opened(Request { index: 0, settings: Settings::default() })),
+        Ok(_) => Some(opened(Request { kind: KIND, index: 0, settings: Settings::default() })),
         Err(error) => Some(Err(Error::Device { device: "cuda:0".into(), reason: error.to_string() })),
     }
 }

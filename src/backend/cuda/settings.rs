@@ -85,31 +85,11 @@ impl FromStr for Settings {
     }
 }
 
-/// Which device, and how: `cuda`, `cuda:1`, `cuda:0,plain`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Request {
-    pub(super) index: usize,
-    pub(super) settings: Settings,
-}
+/// What the kind of devices is called.
+pub(super) const KIND: &str = "cuda";
 
-impl fmt::Display for Request {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let comma = if self.settings == Settings::default() { "" } else { "," };
-        write!(f, "cuda:{}{comma}{}", self.index, self.settings)
-    }
-}
-
-impl Request {
-    /// What a name asks for, if it is of this kind.
-    pub(super) fn named(name: &str) -> Option<Result<Self>> {
-        let (kind, settings) = name.split_once(',').unwrap_or((name, ""));
-        let index = match kind.strip_prefix("cuda")? {
-            "" => 0,
-            number => number.strip_prefix(':')?.parse().ok()?,
-        };
-        Some(settings.parse().map(|settings| Self { index, settings }))
-    }
-}
+/// Which device, and how.
+pub(super) type Request = crate::backend::gpu::Request<Settings>;
 
 #[cfg(test)]
 mod tests {
@@ -118,11 +98,11 @@ mod tests {
     #[test]
     fn names_say_how_a_device_is_opened() {
         for name in ["cuda:0", "cuda:3,plain", "cuda:1,bf16,profile,workspace=3000"] {
-            assert_eq!(Request::named(name).unwrap().unwrap().to_string(), name);
+            assert_eq!(Request::named(KIND, name).unwrap().unwrap().to_string(), name);
         }
-        assert_eq!(Request::named("cuda,exact").unwrap().unwrap().to_string(), "cuda:0");
-        assert!(Request::named("cpu").is_none() && Request::named("cudacity").is_none());
-        let error = Request::named("cuda,fast").unwrap().unwrap_err().to_string();
+        assert_eq!(Request::named(KIND, "cuda,exact").unwrap().unwrap().to_string(), "cuda:0");
+        assert!(Request::named(KIND, "cpu").is_none() && Request::named(KIND, "cudacity").is_none());
+        let error = Request::named(KIND, "cuda,fast").unwrap().unwrap_err().to_string();
         assert!(error.contains("`fast` is none of: exact, plain"), "{error}");
     }
 }

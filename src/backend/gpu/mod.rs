@@ -7,6 +7,7 @@
 pub(super) mod cache;
 mod launch;
 mod permutations;
+mod request;
 
 pub(super) mod adamw;
 pub(super) mod aggregate;
@@ -43,6 +44,7 @@ use matmul::Product;
 #[cfg(test)]
 pub(crate) use permutations::permutations;
 pub(crate) use permutations::{Listed, listed};
+pub(crate) use request::Request;
 
 /// Workgroups in one direction that every device allows.
 pub(crate) const MOST_GROUPS: usize = 65_535;

@@ -86,31 +86,11 @@ impl FromStr for Settings {
     }
 }
 
-/// Which adapter, and how: `wgpu`, `wgpu:1`, `wgpu:0,checked`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Request {
-    pub(super) index: usize,
-    pub(super) settings: Settings,
-}
+/// What the kind of devices is called.
+pub(super) const KIND: &str = "wgpu";
 
-impl fmt::Display for Request {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let comma = if self.settings == Settings::default() { "" } else { "," };
-        write!(f, "wgpu:{}{comma}{}", self.index, self.settings)
-    }
-}
-
-impl Request {
-    /// What a name asks for, if it is of this kind.
-    pub(super) fn named(name: &str) -> Option<Result<Self>> {
-        let (kind, settings) = name.split_once(',').unwrap_or((name, ""));
-        let index = match kind.strip_prefix("wgpu")? {
-            "" => 0,
-            number => number.strip_prefix(':')?.parse().ok()?,
-        };
-        Some(settings.parse().map(|settings| Self { index, settings }))
-    }
-}
+/// Which adapter, and how.
+pub(super) type Request = crate::backend::gpu::Request<Settings>;
 
 /// The adapters of this machine, the fastest kinds first. wgpu's own variables choose among them: `WGPU_BACKEND`,
 /// `WGPU_ADAPTER_NAME`.
@@ -254,13 +234,13 @@ mod tests {
             ("wgpu,workspace=4096,checked", "wgpu:0,checked,workspace=4096"),
             ("wgpu:1,no-f16,default-limits", "wgpu:1,default-limits,no-f16"),
         ] {
-            assert_eq!(Request::named(text).unwrap().unwrap().to_string(), printed);
+            assert_eq!(Request::named(KIND, text).unwrap().unwrap().to_string(), printed);
         }
         for text in ["cpu", "wgpu:", "wgpu:x", "wgpus", ""] {
-            assert!(Request::named(text).is_none(), "{text}");
+            assert!(Request::named(KIND, text).is_none(), "{text}");
         }
         for setting in ["fast", "workspace=", "workspace=x"] {
-            let error = Request::named(&format!("wgpu:1,{setting}")).unwrap().unwrap_err().to_string();
+            let error = Request::named(KIND, &format!("wgpu:1,{setting}")).unwrap().unwrap_err().to_string();
             assert!(error.contains(&format!("`{setting}`")) && error.contains("checked, default-limits"), "{error}");
         }
     }

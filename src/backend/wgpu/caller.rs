@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ::wgpu;
 
-use super::adapter::{Request, Settings};
+use super::adapter::{KIND, Request, Settings};
 use super::buffer::{self, WgpuBuffer};
 use super::engine::Engine;
 use super::{Wgpu, adapter};
@@ -19,7 +19,7 @@ impl Wgpu {
     /// # Errors
     /// [`Error::NoDevice`] if there is no such adapter, [`Error::Device`] if it cannot be opened.
     pub fn open(index: usize, settings: Settings) -> Result<Self> {
-        Self::open_request(Request { index, settings })
+        Self::open_request(Request { kind: KIND, index, settings })
     }
 
     /// Computes on a caller's own device, under a name of the caller's. It may have any limits from WebGPU's default

@@ -31,8 +31,8 @@ use ::wgpu;
 use super::{Backend, Buffer, Device, Tensor, Timing, gpu};
 use crate::Result;
 use crate::error::DType;
-use adapter::Request;
 pub use adapter::Settings;
+use adapter::{KIND, Request};
 use engine::{Engine, Matrices};
 use profile::Profile;
 
@@ -139,17 +139,18 @@ fn opened(request: Request) -> Result<Device> {
 
 /// The device of a name, if the name is one of this backend's.
 pub(super) fn by_name(name: &str) -> Option<Result<Device>> {
-    Request::named(name).map(|request| request.and_then(opened))
+    Request::named(KIND, name).map(|request| request.and_then(opened))
 }
 
 /// All devices that can be opened.
 pub(super) fn available() -> Vec<Device> {
-    let requests = (0..adapter::adapters().len()).map(|index| Request { index, settings: Settings::default() });
+    let requests =
+        (0..adapter::adapters().len()).map(|index| Request { kind: KIND, index, settings: Settings::default() });
     requests.filter_map(|request| opened(request).ok()).collect()
 }
 
 /// The first device that is hardware of its own, if there is one.
 pub fn hardware() -> Option<Result<Device>> {
     let index = adapter::adapters().iter().position(adapter::is_hardware)?;
-    Some(opened(Request { index, settings: Settings::default() }))
+    Some(opened(Request { kind: KIND, index, settings: Settings::default() }))
 }
