@@ -47,87 +47,74 @@ __device__ __forceinline__ float factor_of(const float *log_scale) {
     return log_scale ? exponential(log_scale[0]) : 1.0f;
 }
 
-#if defined(FORWARD) || defined(MULTIPLY_HALVES) || defined(MULTIPLY_EXACT)
+// Reads a run of which so many values are inside, 0 where they are not, or writes it; at once if that can be.
 
-// Writes a tile's values, or adds them, so many at once as the tile has next to each other. What is given begins with
-// the tile; `rows` and `columns` of it are inside.
-template <typename Tile>
-__device__ __forceinline__ void
-write_tile(Tile &tile, float *output, size_t stride, u32 rows, u32 columns, bool accumulate) {
-    constexpr int N = Tile::VECTOR;
-    if (rows >= TILE && columns >= TILE && stride % N == 0 && are_aligned(output)) {
-        if (accumulate) {
+template <int N> __device__ __forceinline__ Run<N> read_run(const float *from, u32 inside, bool at_once) {
+    Run<N> run = {};
+    if (at_once && inside >= N) {
+        return *(const Run<N> *)from;
+    }
 #pragma unroll
-            for (int u = 0; u < Tile::ROWS; u++) {
-#pragma unroll
-                for (int v = 0; v < Tile::COLUMNS; v += N) {
-                    Run<N> before = *(const Run<N> *)(output + Tile::row(u) * stride + Tile::column(v));
-#pragma unroll
-                    for (int i = 0; i < N; i++) {
-                        tile.at(u, v + i) += before.values[i];
-                    }
-                }
-            }
+    for (u32 i = 0; i < N; i++) {
+        if (i < inside) {
+            run.values[i] = from[i];
         }
-#pragma unroll
-        for (int u = 0; u < Tile::ROWS; u++) {
-#pragma unroll
-            for (int v = 0; v < Tile::COLUMNS; v += N) {
-                Run<N> run;
-#pragma unroll
-                for (int i = 0; i < N; i++) {
-                    run.values[i] = tile.at(u, v + i);
-                }
-                *(Run<N> *)(output + Tile::row(u) * stride + Tile::column(v)) = run;
-            }
-        }
+    }
+    return run;
+}
+
+template <int N> __device__ __forceinline__ void write_run(float *to, const Run<N> &run, u32 inside, bool at_once) {
+    if (at_once && inside >= N) {
+        *(Run<N> *)to = run;
         return;
     }
 #pragma unroll
-    for (int u = 0; u < Tile::ROWS; u++) {
-        u32 row = Tile::row(u);
-#pragma unroll
-        for (int v = 0; v < Tile::COLUMNS; v++) {
-            u32 column = Tile::column(v);
-            if (row < rows && column < columns) {
-                float *place = output + row * stride + column;
-                *place = (accumulate ? *place : 0.0f) + tile.at(u, v);
-            }
+    for (u32 i = 0; i < N; i++) {
+        if (i < inside) {
+            to[i] = run.values[i];
         }
     }
 }
 
-// Finishes a tile of products, whose first row and column are given.
-template <typename Tile>
-__device__ __forceinline__ void finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column) {
-    u32 rows = to.rows - first_row;
-    u32 columns = to.columns - first_column;
+// Whether runs of N of both outputs can be read and written at once.
+template <int N> __device__ __forceinline__ bool are_at_once(const Finish &to) {
+    return to.output_stride % N == 0 && (!to.kept || to.columns % N == 0) && are_aligned(to.output, to.kept);
+}
+
+// What a run of products that begins inside is added to.
+template <int N>
+__device__ __forceinline__ Run<N> before_run(const Finish &to, u32 row, u32 column, bool at_once) {
+    if (!to.accumulate) {
+        return {};
+    }
+    return read_run<N>(to.output + row * to.output_stride + column, to.columns - column, at_once);
+}
+
+// Finishes a run of products that begins inside and writes it, added to what was there before.
+template <int N>
+__device__ __forceinline__ void
+finish_run(const Finish &to, Run<N> run, const Run<N> &before, u32 row, u32 column, bool at_once) {
+    u32 inside = to.columns - column;
 #pragma unroll
-    for (int v = 0; v < Tile::COLUMNS; v++) {
-        float bias = to.bias ? __ldg(to.bias + first_column + min(Tile::column(v), columns - 1)) : 0.0f;
-#pragma unroll
-        for (int u = 0; u < Tile::ROWS; u++) {
-            tile.at(u, v) = tile.at(u, v) * to.factors.x * to.factors.y + bias;
-        }
+    for (u32 i = 0; i < N; i++) {
+        float bias = to.bias && i < inside ? __ldg(to.bias + column + i) : 0.0f;
+        run.values[i] = run.values[i] * to.factors.x * to.factors.y + bias;
     }
     if (to.kept) {
-        float *kept = to.kept + (size_t)first_row * to.columns + first_column;
-        write_tile(tile, kept, to.columns, rows, columns, false);
+        write_run(to.kept + (size_t)row * to.columns + column, run, inside, at_once);
     }
     if (to.gelu) {
 #pragma unroll
-        for (int u = 0; u < Tile::ROWS; u++) {
-#pragma unroll
-            for (int v = 0; v < Tile::COLUMNS; v++) {
-                tile.at(u, v) = gelu(tile.at(u, v));
-            }
+        for (int i = 0; i < N; i++) {
+            run.values[i] = gelu(run.values[i]);
         }
     }
-    float *output = to.output + first_row * to.output_stride + first_column;
-    write_tile(tile, output, to.output_stride, rows, columns, to.accumulate);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        run.values[i] += before.values[i];
+    }
+    write_run(to.output + row * to.output_stride + column, run, inside, at_once);
 }
-
-#endif
 
 #ifdef TRANSPOSE_A
 [[maybe_unused]] constexpr bool LEFT_BY_LINES = false;
@@ -141,6 +128,29 @@ __device__ __forceinline__ void finish_tile(Tile &tile, const Finish &to, u32 fi
 #endif
 
 #ifdef FORWARD
+
+// Finishes a tile of products from where they are, in registers.
+template <typename Tile>
+__device__ __forceinline__ void finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column) {
+    constexpr int N = Tile::VECTOR;
+    bool at_once = are_at_once<N>(to);
+#pragma unroll
+    for (int u = 0; u < Tile::ROWS; u++) {
+        u32 row = first_row + Tile::row(u);
+#pragma unroll
+        for (int v = 0; v < Tile::COLUMNS; v += N) {
+            u32 column = first_column + Tile::column(v);
+            if (row < to.rows && column < to.columns) {
+                Run<N> run;
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    run.values[i] = tile.at(u, v + i);
+                }
+                finish_run(to, run, before_run<N>(to, row, column, at_once), row, column, at_once);
+            }
+        }
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(256) forward(
     const float *__restrict__ a, const float *__restrict__ b, OPTIONAL const float *__restrict__ norms_a,
@@ -166,34 +176,7 @@ extern "C" __global__ void __launch_bounds__(256) forward(
 #endif
 #ifdef FINISH
 
-// Finishes a run of products and writes it.
-template <int N>
-__device__ __forceinline__ void finish_run(const Finish &to, Run<N> run, u32 row, u32 column) {
-    Run<N> *output = (Run<N> *)(to.output + row * to.output_stride + column);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        run.values[i] = run.values[i] * to.factors.x * to.factors.y + (to.bias ? __ldg(to.bias + column + i) : 0.0f);
-    }
-    if (to.kept) {
-        *(Run<N> *)(to.kept + (size_t)row * to.columns + column) = run;
-    }
-    if (to.gelu) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            run.values[i] = gelu(run.values[i]);
-        }
-    }
-    if (to.accumulate) {
-        Run<N> before = *output;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            run.values[i] += before.values[i];
-        }
-    }
-    *output = run;
-}
-
-extern "C" __global__ void __launch_bounds__(256) finish(
+extern "C" __global__ void __launch_bounds__(256, 4) finish(
     const float *__restrict__ partials, OPTIONAL const float *__restrict__ log_scale,
     OPTIONAL const float *__restrict__ bias, OPTIONAL float *__restrict__ kept, float *__restrict__ output, u32 rows,
     u32 columns, u32 parts, u32 output_stride, OPTIONAL u32 gelu, OPTIONAL u32 accumulate
@@ -205,29 +188,78 @@ extern "C" __global__ void __launch_bounds__(256) finish(
     if (first >= size) {
         return;
     }
-    bool at_once = have_fours(columns, partials, output, kept) && output_stride % 4 == 0;
-    if (at_once) {
+    // Runs that are read at once are of one row.
+    if (have_fours(columns, partials)) {
+        bool at_once = are_at_once<4>(to);
         Run<4> total = *(const Run<4> *)(partials + first);
         for (u32 part = 1; part < parts; part++) {
             Run<4> one = *(const Run<4> *)(partials + part * size + first);
+#pragma unroll
             for (int i = 0; i < 4; i++) {
                 total.values[i] += one.values[i];
             }
         }
-        finish_run(to, total, first / columns, first % columns);
+        u32 row = first / columns;
+        u32 column = first % columns;
+        finish_run(to, total, before_run<4>(to, row, column, at_once), row, column, at_once);
         return;
     }
     for (size_t i = first; i < min(first + 4, size); i++) {
-        float total = partials[i];
+        Run<1> total = {partials[i]};
         for (u32 part = 1; part < parts; part++) {
-            total += partials[part * size + i];
+            total.values[0] += partials[part * size + i];
         }
-        finish_run(to, Run<1>{total}, i / columns, i % columns);
+        u32 row = i / columns;
+        u32 column = i % columns;
+        finish_run(to, total, before_run<1>(to, row, column, true), row, column, true);
     }
 }
 
 #endif
 #if (defined(MULTIPLY_HALVES) || defined(MULTIPLY_EXACT)) && __CUDA_ARCH__ >= 800
+
+// Finishes a tile of products by way of shared memory, TILE × TILE floats: a thread has few at a time, and threads beside
+// each other write rows. Against conflicts of memory banks, eight columns next to each other are put elsewhere in each
+// of four rows.
+template <typename Tile>
+__device__ __forceinline__ void
+finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column, float *memory) {
+    auto place = [](u32 row, u32 column) { return row * TILE + (column ^ row % 4 * 8); };
+#pragma unroll
+    for (int u = 0; u < Tile::ROWS; u++) {
+#pragma unroll
+        for (int v = 0; v < Tile::COLUMNS; v += 2) {
+            float2 two = make_float2(tile.at(u, v), tile.at(u, v + 1));
+            *(float2 *)(memory + place(Tile::row(u), Tile::column(v))) = two;
+        }
+    }
+    __syncthreads();
+    bool at_once = are_at_once<4>(to);
+    // Runs that a thread reads before it writes any: what they are added to takes long.
+    constexpr u32 BATCH = 1024 / Tile::THREADS;
+#pragma unroll 1
+    for (u32 first = threadIdx.x; first < TILE * TILE / 4; first += BATCH * Tile::THREADS) {
+        Run<4> before[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            u32 row = first_row + (first + i * Tile::THREADS) / (TILE / 4);
+            u32 column = first_column + (first + i * Tile::THREADS) % (TILE / 4) * 4;
+            before[i] = {};
+            if (row < to.rows && column < to.columns) {
+                before[i] = before_run<4>(to, row, column, at_once);
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            u32 row = (first + i * Tile::THREADS) / (TILE / 4);
+            u32 column = (first + i * Tile::THREADS) % (TILE / 4) * 4;
+            if (first_row + row < to.rows && first_column + column < to.columns) {
+                Run<4> run = *(const Run<4> *)(memory + place(row, column));
+                finish_run(to, run, before[i], first_row + row, first_column + column, at_once);
+            }
+        }
+    }
+}
 
 // Multiplies a tile of a part of the inner places. A matrix of f16 without its largest magnitude has a 1 there.
 template <typename Tile, bool SCALED>
@@ -246,7 +278,7 @@ __device__ __forceinline__ void multiply_tile(
         to.factors.x = 1.0f / scale_of(largest_a ? __ldg(largest_a) : BITS_OF_ONE);
         to.factors.y /= scale_of(largest_b ? __ldg(largest_b) : BITS_OF_ONE);
     }
-    finish_tile(tile, to, place.x * TILE, place.y * TILE);
+    finish_tile(tile, to, place.x * TILE, place.y * TILE, (float *)dynamic);
 }
 
 #endif

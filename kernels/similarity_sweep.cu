@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) largest_coefficients(
 #else
 
 // The largest σ that is every row's reference: the smallest term, exp(−2σ), is far from where f32 ends.
-constexpr float BOUNDED = 30.0f;
+[[maybe_unused]] constexpr float BOUNDED = 30.0f;
 
 // exp(x) for x of no more than a little above 0, where it counts.
 __device__ __forceinline__ float exponential_of(float x) {

@@ -35,6 +35,10 @@ struct Free {
     guarded: Vec<(Memory, usize)>,
     /// That which only recordings use any more.
     kept: Vec<(Memory, Vec<u64>)>,
+    /// That of callers which only recordings use any more.
+    owners: Vec<(Owner, Vec<u64>)>,
+    /// What is dropped when nothing is being recorded any more.
+    later: Vec<Box<dyn Any + Send>>,
     /// Recordings that may run again.
     recordings: Vec<u64>,
 }
@@ -98,7 +102,8 @@ impl Pool {
             None => pool.take(size)?,
         };
         let home = Home::Pool(pool.clone());
-        let buffer = CudaBuffer { memory: Memory { address, size }, end, guarded, home, recordings: Mutex::default() };
+        let (memory, recordings) = (Memory { address, size }, Mutex::default());
+        let buffer = CudaBuffer { memory, end, guarded, home, born: recording, recordings };
         buffer.mark();
         if let Some(guard) = buffer.guard() {
             buffer.set(guard, guards::PATTERN)?;
@@ -116,8 +121,12 @@ impl Pool {
         Ok(address)
     }
 
-    /// Frees what nobody uses, and says how many bytes that were.
+    /// Frees what nobody uses, and says how many bytes that were. While something is recorded nothing can be waited for,
+    /// so nothing is freed.
     pub(super) fn trim(&self) -> Result<usize> {
+        if self.recording() != 0 {
+            return Ok(0);
+        }
         self.look_at_guards()?;
         let all = std::mem::take(&mut self.free().memory);
         if all.is_empty() {
@@ -140,11 +149,12 @@ impl Pool {
     }
 
     /// Takes memory back that nobody has any more, but perhaps recordings.
-    fn give_back(&self, memory: Memory, end: usize, guarded: bool, mut recordings: Vec<u64>) {
+    fn give_back(&self, memory: Memory, end: usize, guarded: bool, born: u64, mut recordings: Vec<u64>) {
         let now = self.recording();
         let mut free = self.free();
         recordings.retain(|recording| free.recordings.contains(recording));
-        if recordings == [now] {
+        // What was there before holds values that each run of the recording reads.
+        if recordings == [now] && born == now {
             free.recorded.entry(memory.size).or_default().push(memory.address);
         } else if !recordings.is_empty() {
             free.kept.push((memory, recordings));
@@ -152,6 +162,25 @@ impl Pool {
             free.guarded.push((memory, end));
         } else {
             free.memory.entry(memory.size).or_default().push(memory.address);
+        }
+    }
+
+    /// Drops what keeps a caller's memory, when no recording uses that any more.
+    fn give_up(&self, owner: Owner, mut recordings: Vec<u64>) {
+        let mut free = self.free();
+        recordings.retain(|recording| free.recordings.contains(recording));
+        if recordings.is_empty() {
+            drop(free);
+            self.drop_later(owner);
+        } else {
+            free.owners.push((owner, recordings));
+        }
+    }
+
+    /// Drops something that waits for the device then, when nothing is being recorded any more.
+    pub(super) fn drop_later(&self, what: impl Any + Send) {
+        if self.recording() != 0 {
+            self.free().later.push(Box::new(what));
         }
     }
 
@@ -171,7 +200,8 @@ impl Pool {
         begun
     }
 
-    /// Ends a recording and returns its number. What it has used is not used otherwise.
+    /// Ends a recording, of which nothing is captured any more, and returns its number. What it has used is not used
+    /// otherwise.
     pub(super) fn end_recording(&self) -> u64 {
         let mut free = self.free();
         let number = self.recording.swap(0, Ordering::SeqCst);
@@ -180,6 +210,9 @@ impl Pool {
             addresses.into_iter().map(move |address| (Memory { address, size }, vec![number]))
         });
         free.kept.extend(kept);
+        let later = std::mem::take(&mut free.later);
+        drop(free);
+        drop(later);
         number
     }
 
@@ -195,6 +228,16 @@ impl Pool {
                 free.kept.push((Memory { address, size }, recordings));
             }
         }
+        let mut given_up = Vec::new();
+        for (owner, mut recordings) in std::mem::take(&mut free.owners) {
+            recordings.retain(|recording| *recording != number);
+            if recordings.is_empty() {
+                given_up.push(owner);
+            } else {
+                free.owners.push((owner, recordings));
+            }
+        }
+        drop(free);
     }
 
     /// How many guarded buffers were written beyond their values, of all that were given back so far.
@@ -206,6 +249,9 @@ impl Pool {
 
     /// Looks at the guard words of all buffers that were given back with such, which can be used again then.
     fn look_at_guards(&self) -> Result<()> {
+        if self.recording() != 0 {
+            return Ok(());
+        }
         let buffers = std::mem::take(&mut self.free().guarded);
         let mut words = Vec::new();
         let looked = buffers.iter().try_for_each(|(memory, end)| {
@@ -243,12 +289,27 @@ impl Drop for Pool {
 enum Home {
     Pool(Arc<Pool>),
     Caller {
-        gpu: Arc<Gpu>,
+        pool: Arc<Pool>,
         /// What keeps the memory, if the caller does not do so itself.
-        owner: Option<Box<dyn Any + Send + Sync>>,
-        /// Whether the owner takes care that the memory is not freed before what is on the stream is done.
-        ordered: bool,
+        owner: Option<Owner>,
     },
+}
+
+/// What keeps a caller's memory.
+struct Owner {
+    _kept: Box<dyn Any + Send + Sync>,
+    gpu: Arc<Gpu>,
+    /// Whether it takes care itself that the memory is not freed before what is on the stream is done.
+    ordered: bool,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        if !self.ordered {
+            // A device that fails does not use it any more either.
+            let _ = self.gpu.synchronize();
+        }
+    }
 }
 
 /// Memory of one tensor.
@@ -258,6 +319,8 @@ pub(super) struct CudaBuffer {
     end: usize,
     guarded: bool,
     home: Home,
+    /// The recording during which it was made; 0 for none.
+    born: u64,
     /// Those that use it.
     recordings: Mutex<Vec<u64>>,
 }
@@ -267,30 +330,33 @@ impl CudaBuffer {
     ///
     /// # Safety
     /// There are so many bytes of this device's memory at the address, for as long as the owner lives, or else as long
-    /// as the buffer and what is launched with it.
+    /// as the buffer, what is launched with it, and the recordings that use it.
     pub(super) unsafe fn of_caller(
-        gpu: Arc<Gpu>,
+        pool: Arc<Pool>,
         address: u64,
         bytes: usize,
         owner: Option<Box<dyn Any + Send + Sync>>,
         ordered: bool,
     ) -> Self {
         let memory = Memory { address, size: bytes };
-        let (home, recordings) = (Home::Caller { gpu, owner, ordered }, Mutex::default());
-        Self { memory, end: bytes, guarded: false, home, recordings }
+        let owner = owner.map(|kept| Owner { _kept: kept, gpu: pool.gpu.clone(), ordered });
+        let home = Home::Caller { pool, owner };
+        Self { memory, end: bytes, guarded: false, home, born: 0, recordings: Mutex::default() }
+    }
+
+    fn pool(&self) -> &Pool {
+        match &self.home {
+            Home::Pool(pool) | Home::Caller { pool, .. } => pool,
+        }
     }
 
     fn gpu(&self) -> &Gpu {
-        match &self.home {
-            Home::Pool(pool) => &pool.gpu,
-            Home::Caller { gpu, .. } => gpu,
-        }
+        &self.pool().gpu
     }
 
     /// Says that it is used: by the recording that is under way, too, if there is one.
     pub(super) fn mark(&self) {
-        let Home::Pool(pool) = &self.home else { return };
-        let now = pool.recording();
+        let now = self.pool().recording();
         if now != 0 {
             let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
             if !recordings.contains(&now) {
@@ -363,15 +429,12 @@ impl fmt::Debug for CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
+        let recordings = std::mem::take(self.recordings.get_mut().unwrap_or_else(PoisonError::into_inner));
         match &mut self.home {
-            Home::Pool(pool) => {
-                let recordings = std::mem::take(self.recordings.get_mut().unwrap_or_else(PoisonError::into_inner));
-                pool.give_back(self.memory, self.end, self.guarded, recordings);
-            }
-            Home::Caller { gpu, owner, ordered } => {
-                if owner.is_some() && !*ordered {
-                    // A device that fails does not use it any more either.
-                    let _ = gpu.synchronize();
+            Home::Pool(pool) => pool.give_back(self.memory, self.end, self.guarded, self.born, recordings),
+            Home::Caller { pool, owner } => {
+                if let Some(owner) = owner.take() {
+                    pool.give_up(owner, recordings);
                 }
             }
         }
@@ -474,7 +537,7 @@ mod tests {
         let own = Pool::allocate(&pool, 400).unwrap();
         let owner: Box<dyn Any + Send + Sync> = Box::new(kept.clone());
         // SAFETY: the memory is that of a buffer that lives longer.
-        let buffer = unsafe { CudaBuffer::of_caller(pool.gpu.clone(), own.address(), 400, Some(owner), false) };
+        let buffer = unsafe { CudaBuffer::of_caller(pool.clone(), own.address(), 400, Some(owner), false) };
         buffer.upload(&[7; 400], 0).unwrap();
         assert!(buffer.guard().is_none() && Arc::strong_count(&kept) == 2);
         assert!(of(&buffer).is_some());

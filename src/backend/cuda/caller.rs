@@ -65,7 +65,7 @@ impl Cuda {
     ///
     /// # Safety
     /// There are as many elements of the device's memory at the address as the shape says, until the tensor and all its
-    /// clones are gone and what was asked for with them is done. No tensor that is written shares them with another one.
+    /// clones are gone, what was asked for with them is done, and each [`Graph`](super::Graph) that uses them is gone. No tensor that is written shares them with another one.
     /// The device's stream comes after whatever else writes them, and whatever else reads or writes them after it comes
     /// after that.
     pub unsafe fn tensor(device: &Device, address: u64, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
@@ -77,7 +77,7 @@ impl Cuda {
         }
         let bytes = shape.elements().saturating_mul(dtype.size());
         // SAFETY: as the caller says.
-        let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.gpu.clone(), address, bytes, None, true) };
+        let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.pool.clone(), address, bytes, None, true) };
         Ok(Tensor::new(device, shape, dtype, Arc::new(buffer)))
     }
 
@@ -112,7 +112,7 @@ impl Cuda {
         let bytes = shape.elements() * T::DTYPE.size();
         let owner = Some(Box::new(slice) as Box<dyn Any + Send + Sync>);
         // SAFETY: the slice has as many elements and is kept.
-        let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.gpu.clone(), address, bytes, owner, ordered) };
+        let buffer = unsafe { CudaBuffer::of_caller(cuda.engine.pool.clone(), address, bytes, owner, ordered) };
         Ok(Tensor::new(device, shape, T::DTYPE, Arc::new(buffer)))
     }
 

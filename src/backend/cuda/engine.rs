@@ -204,14 +204,6 @@ impl gpu::Engine for Engine {
         matmul::product(self, product)
     }
 
-    fn tile_size(&self, rows: usize, columns: usize) -> usize {
-        matmul::tile_size(self, rows, columns)
-    }
-
-    fn multiplies_before(&self, _extents: (usize, usize, usize)) -> bool {
-        false
-    }
-
     fn most_bound_bytes(&self) -> u64 {
         // There is no such limit; sizes are counted in 32 bits.
         u64::MAX

@@ -16,6 +16,11 @@ use crate::{Error, Result};
 /// It reads and writes the same memory each time it runs: tensors that existed before, whose values may have changed in
 /// the meantime, and those that were made while it was recorded. All of that is kept for it.
 pub struct Graph {
+    /// There until it is dropped.
+    work: Option<Work>,
+}
+
+struct Work {
     graph: CudaGraph,
     gpu: Arc<Gpu>,
     pool: Arc<Pool>,
@@ -24,9 +29,15 @@ pub struct Graph {
     _uploads: Vec<Pinned>,
 }
 
+// SAFETY: every thread may use the driver's handles, if not two at once.
+unsafe impl Send for Work {}
+
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Graph({:?}, {})", self.gpu, self.recording)
+        match &self.work {
+            Some(work) => write!(f, "Graph({:?}, {})", work.gpu, work.recording),
+            None => f.write_str("Graph"),
+        }
     }
 }
 
@@ -36,11 +47,20 @@ impl Graph {
     /// # Errors
     /// What the device reports.
     pub fn launch(&self) -> Result<()> {
-        self.graph.launch().map_err(|error| self.gpu.refused("running a graph", error))
+        let Some(work) = &self.work else { return Ok(()) };
+        work.graph.launch().map_err(|error| work.gpu.refused("running a graph", error))
     }
 }
 
 impl Drop for Graph {
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take() {
+            work.pool.clone().drop_later(work);
+        }
+    }
+}
+
+impl Drop for Work {
     fn drop(&mut self) {
         // A device that fails does not run it any more either.
         let _ = self.gpu.synchronize();
@@ -51,15 +71,19 @@ impl Drop for Graph {
 /// Ends a recording that failed.
 struct Recording<'a> {
     cuda: &'a Cuda,
+    /// Whether the stream is captured.
+    captures: bool,
     ended: bool,
 }
 
 impl Drop for Recording<'_> {
     fn drop(&mut self) {
         if !self.ended {
+            if self.captures {
+                // What was recorded is dropped; that it could not be is why it failed.
+                let _ = self.cuda.stream().end_capture(flags());
+            }
             let number = self.cuda.engine.pool.end_recording();
-            // What was recorded is dropped; that it could not be is why it failed.
-            let _ = self.cuda.stream().end_capture(flags());
             self.cuda.engine.take_uploads();
             self.cuda.engine.pool.forget_recording(number);
         }
@@ -93,32 +117,29 @@ impl Cuda {
     /// ```
     ///
     /// # Errors
-    /// [`Error::OtherDevice`] if the device is none of CUDA, [`Error::Value`] if it is being recorded already or nothing
-    /// was asked for, what `ask` returns, and what the device reports.
+    /// [`Error::OtherDevice`] if the device is none of CUDA, [`Error::Value`] if it is being recorded already or was opened
+    /// with `profile`, what `ask` returns, and what the device reports.
     pub fn capture<T>(device: &Device, ask: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
         let cuda = Self::of("capture", "device", device)?;
         let (gpu, pool) = (&cuda.engine.gpu, &cuda.engine.pool);
+        if cuda.engine.profile.is_some() {
+            return Err(Error::value("capture", "device", "is opened with `profile`, which waits for every launch"));
+        }
         if !pool.begin_recording() {
             return Err(Error::value("capture", "device", "is being recorded already"));
         }
-        let mut recording = Recording { cuda, ended: false };
+        let mut recording = Recording { cuda, captures: false, ended: false };
         // Other threads and this one may allocate and compile meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         cuda.stream().begin_capture(mode).map_err(|error| gpu.refused("recording a graph", error))?;
+        recording.captures = true;
         let value = ask()?;
-        let captured = cuda.stream().end_capture(flags()).map_err(|error| gpu.refused("recording a graph", error));
+        recording.captures = false;
+        let captured = cuda.stream().end_capture(flags()).map_err(|error| gpu.refused("recording a graph", error))?;
+        let graph = captured.ok_or_else(|| gpu.broken("recording a graph: there is none"))?;
         recording.ended = true;
         let (number, uploads) = (pool.end_recording(), cuda.engine.take_uploads());
-        match captured {
-            Ok(Some(graph)) => {
-                let (gpu, pool) = (gpu.clone(), pool.clone());
-                Ok((Graph { graph, gpu, pool, recording: number, _uploads: uploads }, value))
-            }
-            other => {
-                pool.forget_recording(number);
-                other?;
-                Err(Error::value("capture", "ask", "asks for nothing"))
-            }
-        }
+        let (gpu, pool) = (gpu.clone(), pool.clone());
+        Ok((Graph { work: Some(Work { graph, gpu, pool, recording: number, _uploads: uploads }) }, value))
     }
 }

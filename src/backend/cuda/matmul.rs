@@ -1,10 +1,13 @@
-//! Launches of `matmul`.
+//! Launches of `matmul`: products by ordinary arithmetic, or by tensor cores of matrices that are brought into 16 bits
+//! first.
+
+use std::rc::Rc;
 
 use super::engine::Engine;
 use super::settings::Products;
 use crate::Result;
-use crate::backend::gpu::matmul::{Finish, Product};
-use crate::backend::gpu::{self, Engine as _, Launch};
+use crate::backend::gpu::matmul::{Finish, Operand, Output, Product};
+use crate::backend::gpu::{self, Bindable, Engine as _, Launch, Scratch};
 use crate::error::DType;
 
 /// Elements of a block that finishes.
@@ -13,10 +16,18 @@ const GROUP: usize = 1024;
 const SHORTEST_PART: usize = 128;
 /// Values of the partial products of one product: 32 MiB at most.
 const MOST_PARTIAL: usize = 8 << 20;
+/// Multiplications from which on an exact product takes longer by ordinary arithmetic than by tensor cores, with what
+/// has to be done before.
+const LARGE_PRODUCT: usize = 1 << 28;
+/// Shares of a matrix that are searched for its largest magnitude; the word behind them is that of all.
+pub(super) const SHARES: usize = 256;
+/// Values of a block that packs.
+const PACKED: usize = 2048;
 
 /// How products are computed, in words.
 pub(super) fn description(engine: &Engine) -> String {
-    engine.settings.products.to_string()
+    let products = engine.settings.products;
+    if has_tensor_cores(engine) { products.to_string() } else { format!("{products}, without tensor cores") }
 }
 
 /// How far products round their factors, as a part of themselves.
@@ -28,77 +39,284 @@ pub(super) fn rounding(engine: &Engine) -> f64 {
     }
 }
 
+/// Whether there are tensor cores that kernels know, those of Ampere and later.
+fn has_tensor_cores(engine: &Engine) -> bool {
+    engine.gpu.properties().capability >= (8, 0)
+}
+
+/// How a product is computed.
+pub(super) fn way(engine: &Engine, (m, n, k): (usize, usize, usize)) -> Products {
+    match engine.settings.products {
+        _ if !has_tensor_cores(engine) || m * n * k == 0 => Products::Plain,
+        Products::Exact if m * n * k < LARGE_PRODUCT => Products::Plain,
+        products => products,
+    }
+}
+
+/// The name of an entry that does something in a way.
+pub(super) fn entry(way: Products, names: [&'static str; 3]) -> &'static str {
+    match way {
+        Products::Plain => names[0],
+        Products::Exact => names[2],
+        Products::F16 | Products::Bf16 => names[1],
+    }
+}
+
+/// Bytes of shared memory for a tile: its stages.
+pub(super) fn shared_memory(way: Products, tile: usize) -> usize {
+    match way {
+        Products::Plain => 0,
+        Products::Exact => 768 * tile,
+        Products::F16 | Products::Bf16 => 512 * tile,
+    }
+}
+
 /// Blocks that keep the device busy.
-fn enough_blocks(engine: &Engine) -> usize {
-    2 * engine.gpu.properties().multiprocessors as usize
+pub(super) fn enough_blocks(engine: &Engine, way: Products) -> usize {
+    let multiprocessors = engine.gpu.properties().multiprocessors as usize;
+    if way == Products::Exact { multiprocessors } else { 2 * multiprocessors }
 }
 
 /// Rows and columns of a tile. Large ones read less for each product; small ones are more, and keep a device busy.
 pub(super) fn tile_size(engine: &Engine, rows: usize, columns: usize) -> usize {
     let tiles = rows.div_ceil(128) * columns.div_ceil(128);
-    if tiles >= enough_blocks(engine) { 128 } else { 64 }
+    if tiles >= enough_blocks(engine, Products::Plain) { 128 } else { 64 }
 }
 
-/// Adds parameters and buffers of what happens to a product.
-fn finishing<'a>(launch: Launch<'a>, finish: Finish<'a>, columns: usize, rows: usize) -> Launch<'a> {
-    let launch = launch
-        .read_if("FACTOR", "log_scale", finish.log_scale)
-        .read_if("BIAS", "bias", finish.bias)
-        .flag("GELU", finish.gelu);
-    match finish.kept {
-        Some(kept) => launch.flag("KEEP", true).write_part("kept", kept, 0..rows * columns, "kept_base"),
-        None => launch,
+/// A matrix in 16 bits: one value each or two, rows padded with zeros.
+pub(super) struct Packed {
+    high: Scratch,
+    low: Option<Scratch>,
+    /// Values from row to row.
+    stride: usize,
+    /// Where the bits of its largest magnitude are, behind those of its shares; not if that is 1, or does not matter.
+    largest: Option<Rc<Scratch>>,
+}
+
+impl Packed {
+    /// Room for so many rows, which are written by other kernels than those that pack.
+    pub(super) fn new(
+        engine: &Engine,
+        way: Products,
+        rows: usize,
+        columns: usize,
+        largest: Option<Rc<Scratch>>,
+    ) -> Result<Self> {
+        let stride = columns.next_multiple_of(8);
+        let room = || (engine as &dyn gpu::Engine).scratch(rows * stride / 2, DType::U32);
+        let low = (way == Products::Exact).then(room).transpose()?;
+        Ok(Self { high: room()?, low, stride, largest })
+    }
+
+    /// What each row of a matrix has from the first element on, times its norm if there are norms. `bounded` says that
+    /// no value of it is above 1 in magnitude.
+    pub(super) fn of(
+        engine: &Engine,
+        way: Products,
+        (buffer, first, stride): (&dyn Bindable, usize, usize),
+        (rows, columns): (usize, usize),
+        norms: Option<(&dyn Bindable, usize)>,
+        bounded: bool,
+    ) -> Result<Self> {
+        let searched = way != Products::Bf16 && !bounded;
+        let largest = || (engine as &dyn gpu::Engine).scratch(SHARES + 1, DType::U32);
+        let largest = searched.then(largest).transpose()?.map(Rc::new);
+        let packed = Self::new(engine, way, rows, columns, largest)?;
+        let launch = |entry| {
+            let launch = Launch::new("matmul", entry)
+                .read_part("input", buffer, first..first + (rows.max(1) - 1) * stride + columns, "input_base")
+                .size("rows", rows)
+                .size("columns", columns)
+                .size("input_stride", stride);
+            match norms {
+                Some((norms, first)) => launch.read_part("norms", norms, first..first + rows, "norms_base"),
+                None => launch,
+            }
+        };
+        if let Some(largest) = &packed.largest {
+            engine.launch(launch("largest_magnitudes").write("largest", &**largest).groups([SHARES, 1, 1]))?;
+        }
+        let mut launch = launch("pack_halves")
+            .write("high", &packed.high)
+            .size("output_stride", packed.stride)
+            .bits("bf16", u32::from(way == Products::Bf16))
+            .row_of_groups((rows * packed.stride).div_ceil(PACKED));
+        if let Some(low) = &packed.low {
+            launch = launch.write("low", low);
+        }
+        if let Some(largest) = &packed.largest {
+            launch = launch.write("largest", &**largest);
+        }
+        engine.launch(launch)?;
+        Ok(packed)
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub(super) fn largest(&self) -> Option<&Scratch> {
+        self.largest.as_deref()
+    }
+
+    /// Adds it to what a launch reads, or writes, from a row on, under the names of its high and low parts.
+    pub(super) fn bind<'a>(
+        &'a self,
+        launch: Launch<'a>,
+        names: [&'static str; 2],
+        first_row: usize,
+        writes: bool,
+    ) -> Launch<'a> {
+        let bind = |launch: Launch<'a>, name, room: &'a Scratch| {
+            let part = first_row * self.stride / 2..room.elements;
+            if writes {
+                launch.write_part(name, room, part, "base")
+            } else {
+                launch.read_part(name, room, part, "base")
+            }
+        };
+        let launch = bind(launch, names[0], &self.high);
+        match &self.low {
+            Some(low) => bind(launch, names[1], low),
+            None => launch,
+        }
+    }
+
+    /// Adds the bits of its largest magnitude to what a launch reads.
+    pub(super) fn bind_largest<'a>(&'a self, launch: Launch<'a>, name: &'static str) -> Launch<'a> {
+        match &self.largest {
+            Some(largest) => launch.read_part(name, &**largest, SHARES..SHARES + 1, "base"),
+            None => launch,
+        }
     }
 }
 
-/// Runs a product, with its inner places in several parts where there would be too few blocks.
+/// A packed matrix from a row on, as it is stored.
+#[derive(Clone, Copy)]
+pub(super) struct PackedOperand<'a> {
+    pub(super) packed: &'a Packed,
+    pub(super) first_row: usize,
+    /// Whether it is stored with its columns as rows.
+    pub(super) transposed: bool,
+}
+
+/// A product whose tiles are launched alike, however they are multiplied.
+struct Tiles<'a> {
+    way: Products,
+    /// (M, N, K)
+    extents: (usize, usize, usize),
+    transposed: (bool, bool),
+    output: Output<'a>,
+    finish: Finish<'a>,
+}
+
+impl Tiles<'_> {
+    /// Adds parameters and buffers of what happens to a product.
+    fn finishing<'s>(&'s self, launch: Launch<'s>) -> Launch<'s> {
+        let (Output { buffer, first, stride, accumulate }, finish) = (self.output, self.finish);
+        let (m, n, _) = self.extents;
+        let launch = launch
+            .read_if("FACTOR", "log_scale", finish.log_scale)
+            .read_if("BIAS", "bias", finish.bias)
+            .flag("GELU", finish.gelu)
+            .flag("ACCUMULATE", accumulate)
+            .write_part("output", buffer, first..first + (m - 1) * stride + n, "output_base")
+            .size("output_stride", stride);
+        match finish.kept {
+            Some(kept) => launch.flag("KEEP", true).write_part("kept", kept, 0..m * n, "kept_base"),
+            None => launch,
+        }
+    }
+
+    /// Runs it, with its inner places in several parts where there would be too few blocks. `operands` adds both
+    /// matrices to a launch.
+    fn run<'s>(&'s self, engine: &Engine, operands: impl FnOnce(Launch<'s>) -> Launch<'s>) -> Result<()> {
+        let (m, n, k) = self.extents;
+        let enough = enough_blocks(engine, self.way);
+        let tiles = |tile: usize| m.div_ceil(tile) * n.div_ceil(tile);
+        // Large tiles of several parts are better than small ones, if parts are not too short.
+        let most_parts = (k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
+        let large_parts = if self.way == Products::Plain { 1 } else { most_parts.div_ceil(4) };
+        let tile = if tiles(128) * large_parts >= enough { 128 } else { 64 };
+        let part = k.div_ceil((enough / tiles(tile)).clamp(1, most_parts)).next_multiple_of(32).max(32);
+        let parts = k.div_ceil(part).max(1);
+        let launch = Launch::new("matmul", entry(self.way, ["forward", "multiply_halves", "multiply_exact"]))
+            .constant("TILE", tile as u32)
+            .flag("BF16", self.way == Products::Bf16)
+            .flag("TRANSPOSE_A", self.transposed.0)
+            .flag("TRANSPOSE_B", self.transposed.1)
+            .size("rows", m)
+            .size("columns", n)
+            .size("inner", k)
+            .size("part", part)
+            .groups([tiles(tile), parts, 1]);
+        let launch = operands(launch);
+        let shared = shared_memory(self.way, tile);
+        if parts == 1 {
+            return engine.launch_with(self.finishing(launch), shared);
+        }
+        let partials = (engine as &dyn gpu::Engine).scratch(parts * m * n, DType::F32)?;
+        engine.launch_with(launch.write("output", &partials).size("output_stride", n), shared)?;
+        let launch = Launch::new("matmul", "finish")
+            .read("partials", &partials)
+            .size("rows", m)
+            .size("columns", n)
+            .size("parts", parts)
+            .row_of_groups((m * n).div_ceil(GROUP));
+        engine.launch(self.finishing(launch))
+    }
+}
+
+/// Runs a product.
 pub(super) fn product(engine: &Engine, product: &Product<'_>) -> Result<()> {
-    let Product { a, b, extents: (m, n, k), output, finish } = *product;
+    let Product { a, b, extents, output, finish } = *product;
+    let (m, n, k) = extents;
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let tile = tile_size(engine, m, n);
-    let tiles = m.div_ceil(tile) * n.div_ceil(tile);
-    let parts = (enough_blocks(engine) / tiles).min(k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
-    let part = k.div_ceil(parts).next_multiple_of(16).max(16);
-    let parts = k.div_ceil(part).max(1);
-    let mut launch = Launch::new("matmul", "forward")
-        .constant("TILE", tile as u32)
-        .flag("TRANSPOSE_A", a.transposed)
-        .flag("TRANSPOSE_B", b.transposed)
-        .read_part("a", a.buffer, a.range(&(0..m), &(0..k)), "a_base")
-        .read_part("b", b.buffer, b.range(&(0..k), &(0..n)), "b_base")
-        .size("rows", m)
-        .size("columns", n)
-        .size("inner", k)
-        .size("part", part)
-        .size("a_stride", a.stride)
-        .size("b_stride", b.stride)
-        .groups([tiles, parts, 1]);
-    if let Some((norms, range)) = a.norms(&(0..m), &(0..k)) {
-        launch = launch.read_part("norms_a", norms, range, "norms_a_base");
+    let way = way(engine, extents);
+    if way == Products::Plain {
+        let tiles = Tiles { way, extents, transposed: (a.transposed, b.transposed), output, finish };
+        return tiles.run(engine, |launch| {
+            let launch = launch
+                .read_part("a", a.buffer, a.range(&(0..m), &(0..k)), "a_base")
+                .read_part("b", b.buffer, b.range(&(0..k), &(0..n)), "b_base")
+                .size("a_stride", a.stride)
+                .size("b_stride", b.stride);
+            let launch = match a.norms(&(0..m), &(0..k)) {
+                Some((norms, range)) => launch.read_part("norms_a", norms, range, "norms_a_base"),
+                None => launch,
+            };
+            match b.norms(&(0..k), &(0..n)) {
+                Some((norms, range)) => launch.read_part("norms_b", norms, range, "norms_b_base"),
+                None => launch,
+            }
+        });
     }
-    if let Some((norms, range)) = b.norms(&(0..k), &(0..n)) {
-        launch = launch.read_part("norms_b", norms, range, "norms_b_base");
-    }
-    let destination = output.first..output.first + (m - 1) * output.stride + n;
-    if parts == 1 {
-        let launch = launch
-            .flag("ACCUMULATE", output.accumulate)
-            .write_part("output", output.buffer, destination, "output_base")
-            .size("output_stride", output.stride);
-        return engine.launch(finishing(launch, finish, n, m));
-    }
-    let partials = (engine as &dyn gpu::Engine).scratch(parts * m * n, DType::F32)?;
-    engine.launch(launch.write("output", &partials).size("output_stride", n))?;
-    let launch = Launch::new("matmul", "finish")
-        .flag("ACCUMULATE", output.accumulate)
-        .read("partials", &partials)
-        .write_part("output", output.buffer, destination, "output_base")
-        .size("output_stride", output.stride)
-        .size("rows", m)
-        .size("columns", n)
-        .size("parts", parts)
-        .groups([(m * n).div_ceil(GROUP), 1, 1]);
-    engine.launch(finishing(launch, finish, n, m))
+    let pack = |operand: &Operand<'_>, rows: usize, columns: usize| {
+        let stored = if operand.transposed { (columns, rows) } else { (rows, columns) };
+        Packed::of(engine, way, (operand.buffer, operand.first, operand.stride), stored, operand.norms, false)
+    };
+    let (packed_a, packed_b) = (pack(&a, m, k)?, pack(&b, k, n)?);
+    let a = PackedOperand { packed: &packed_a, first_row: 0, transposed: a.transposed };
+    let b = PackedOperand { packed: &packed_b, first_row: 0, transposed: b.transposed };
+    packed_product(engine, way, (a, b), extents, output, finish)
+}
+
+/// Runs a product of matrices that are packed.
+pub(super) fn packed_product(
+    engine: &Engine,
+    way: Products,
+    (a, b): (PackedOperand<'_>, PackedOperand<'_>),
+    extents: (usize, usize, usize),
+    output: Output<'_>,
+    finish: Finish<'_>,
+) -> Result<()> {
+    let tiles = Tiles { way, extents, transposed: (a.transposed, b.transposed), output, finish };
+    tiles.run(engine, |launch| {
+        let launch = a.packed.bind(launch, ["a", "low_a"], a.first_row, false);
+        let launch = b.packed.bind(launch, ["b", "low_b"], b.first_row, false);
+        let launch = a.packed.bind_largest(launch, "largest_a").size("a_stride", a.packed.stride);
+        b.packed.bind_largest(launch, "largest_b").size("b_stride", b.packed.stride)
+    })
 }

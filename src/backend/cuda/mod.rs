@@ -21,6 +21,7 @@ mod matmul;
 mod nvrtc;
 mod profile;
 mod settings;
+mod similarity_sweep;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -130,7 +131,7 @@ impl Backend for Cuda {
         self.engine.download(tensor.buffer(), bytes)
     }
 
-    gpu::implement_operations! {}
+    gpu::implement_operations! { cuda::similarity_sweep }
 }
 
 /// Devices that were opened, so that one name is one device.

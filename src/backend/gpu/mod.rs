@@ -32,7 +32,6 @@ pub(super) mod reduce;
 pub(super) mod row_function;
 pub(super) mod row_sweep;
 mod rows;
-pub(super) mod similarity_sweep;
 
 use std::ops::Range;
 
@@ -62,13 +61,6 @@ pub(crate) trait Engine {
 
     /// Asks for a product of matrices.
     fn product(&self, product: &Product<'_>) -> Result<()>;
-
-    /// Rows and columns of a tile of a similarity matrix: 64 or 128.
-    fn tile_size(&self, rows: usize, columns: usize) -> usize;
-
-    /// Whether products of a similarity matrix (M, N, K) are computed before they are swept, because products alone are
-    /// so much faster.
-    fn multiplies_before(&self, extents: (usize, usize, usize)) -> bool;
 
     /// The most bytes that can be bound at once.
     fn most_bound_bytes(&self) -> u64;
@@ -109,9 +101,9 @@ impl dyn Engine + '_ {
     }
 }
 
-/// The methods of a backend for operations, of a list of them.
+/// The methods of a backend for operations, of a list of them and the functions, under `backend`, that launch them.
 macro_rules! delegate {
-    ($($operation:ident($arguments:ident) => $module:ident::$function:ident;)*) => {
+    ($($operation:ident($arguments:ident) => $($function:ident)::+;)*) => {
         fn supported() -> &'static [&'static str] {
             &[$(stringify!($operation)),*]
         }
@@ -122,55 +114,56 @@ macro_rules! delegate {
 
         $(
             fn $operation(&self, arguments: $crate::backend::operations::$arguments<'_>) -> $crate::Result<()> {
-                $crate::backend::gpu::$module::$function(&self.engine, arguments)
+                $crate::backend::$($function)::+(&self.engine, arguments)
             }
         )*
     };
 }
 pub(super) use delegate;
 
-/// The methods of a backend for all operations of a GPU, run by its field `engine`.
+/// The methods of a backend for all operations of a GPU, run by its field `engine`; similarity sweeps are those of a
+/// module.
 macro_rules! implement_operations {
-    () => {
+    ($($sweeps:ident)::+) => {
         $crate::backend::gpu::delegate! {
-            fill(Fill) => elementwise::fill;
-            copy(Copy) => elementwise::copy;
-            cast(Cast) => cast::forward;
-            add(Add) => elementwise::add;
-            scale(Scale) => elementwise::scale;
-            sum(Sum) => reduce::sum;
-            square_sum(SquareSum) => reduce::square_sum;
-            column_sum(ColumnSum) => reduce::column_sum;
-            matmul(MatMul) => matmul::forward;
-            gelu_backward(GeluBackward) => gelu::backward;
-            dropout(DropoutInPlace) => dropout::forward;
-            layer_norm_forward(LayerNormForward) => layer_norm::forward;
-            layer_norm_backward(LayerNormBackward) => layer_norm::backward;
-            embedding_forward(EmbeddingForward) => embedding::forward;
-            embedding_backward(EmbeddingBackward) => embedding::backward;
-            attention_forward(AttentionForward) => attention::forward;
-            attention_backward(AttentionBackward) => attention::backward;
-            pooling_forward(PoolingForward) => pooling::forward;
-            pooling_backward(PoolingBackward) => pooling::backward;
-            l2_norm_forward(L2NormForward) => l2_norm::forward;
-            l2_norm_backward(L2NormBackward) => l2_norm::backward;
-            l2_norm_gradient(L2NormGradient) => l2_norm::gradient;
-            positives_forward(PositivesForward) => positives::forward;
-            positives_backward(PositivesBackward) => positives::backward;
-            similarity_sweep_forward(SimilaritySweepForward) => similarity_sweep::forward;
-            similarity_sweep_backward(SimilaritySweepBackward) => similarity_sweep::backward;
-            similarity_sweep_one_way(SimilaritySweepOneWay) => similarity_sweep::one_way;
-            merge_statistics(MergeStatistics) => merge_statistics::forward;
-            partition(Partition) => partition::forward;
-            prefix_norms_forward(PrefixNormsForward) => prefix_norms::forward;
-            prefix_norms_backward(PrefixNormsBackward) => prefix_norms::backward;
-            column(Column) => elementwise::column;
-            clamp(Clamp) => elementwise::clamp;
-            clamp_backward(ClampBackward) => elementwise::clamp_backward;
-            row_sweep(RowSweep) => row_sweep::forward_backward;
-            aggregate(AggregateRows) => aggregate::forward;
-            adamw(AdamW) => adamw::step;
-            pair_scores(PairScores) => pair_scores::forward;
+            fill(Fill) => gpu::elementwise::fill;
+            copy(Copy) => gpu::elementwise::copy;
+            cast(Cast) => gpu::cast::forward;
+            add(Add) => gpu::elementwise::add;
+            scale(Scale) => gpu::elementwise::scale;
+            sum(Sum) => gpu::reduce::sum;
+            square_sum(SquareSum) => gpu::reduce::square_sum;
+            column_sum(ColumnSum) => gpu::reduce::column_sum;
+            matmul(MatMul) => gpu::matmul::forward;
+            gelu_backward(GeluBackward) => gpu::gelu::backward;
+            dropout(DropoutInPlace) => gpu::dropout::forward;
+            layer_norm_forward(LayerNormForward) => gpu::layer_norm::forward;
+            layer_norm_backward(LayerNormBackward) => gpu::layer_norm::backward;
+            embedding_forward(EmbeddingForward) => gpu::embedding::forward;
+            embedding_backward(EmbeddingBackward) => gpu::embedding::backward;
+            attention_forward(AttentionForward) => gpu::attention::forward;
+            attention_backward(AttentionBackward) => gpu::attention::backward;
+            pooling_forward(PoolingForward) => gpu::pooling::forward;
+            pooling_backward(PoolingBackward) => gpu::pooling::backward;
+            l2_norm_forward(L2NormForward) => gpu::l2_norm::forward;
+            l2_norm_backward(L2NormBackward) => gpu::l2_norm::backward;
+            l2_norm_gradient(L2NormGradient) => gpu::l2_norm::gradient;
+            positives_forward(PositivesForward) => gpu::positives::forward;
+            positives_backward(PositivesBackward) => gpu::positives::backward;
+            similarity_sweep_forward(SimilaritySweepForward) => $($sweeps)::+::forward;
+            similarity_sweep_backward(SimilaritySweepBackward) => $($sweeps)::+::backward;
+            similarity_sweep_one_way(SimilaritySweepOneWay) => $($sweeps)::+::one_way;
+            merge_statistics(MergeStatistics) => gpu::merge_statistics::forward;
+            partition(Partition) => gpu::partition::forward;
+            prefix_norms_forward(PrefixNormsForward) => gpu::prefix_norms::forward;
+            prefix_norms_backward(PrefixNormsBackward) => gpu::prefix_norms::backward;
+            column(Column) => gpu::elementwise::column;
+            clamp(Clamp) => gpu::elementwise::clamp;
+            clamp_backward(ClampBackward) => gpu::elementwise::clamp_backward;
+            row_sweep(RowSweep) => gpu::row_sweep::forward_backward;
+            aggregate(AggregateRows) => gpu::aggregate::forward;
+            adamw(AdamW) => gpu::adamw::step;
+            pair_scores(PairScores) => gpu::pair_scores::forward;
         }
     };
 }

@@ -815,14 +815,6 @@ impl gpu::Engine for Engine {
         matmul::product(self, product)
     }
 
-    fn tile_size(&self, rows: usize, columns: usize) -> usize {
-        matmul::tile_size(self, rows, columns)
-    }
-
-    fn multiplies_before(&self, extents: (usize, usize, usize)) -> bool {
-        matmul::uses_matrices(self, extents)
-    }
-
     fn most_bound_bytes(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size
     }

@@ -19,6 +19,7 @@ mod matmul;
 mod pipeline;
 mod profile;
 mod shader;
+mod similarity_sweep;
 #[cfg(test)]
 mod small_bindings;
 
@@ -121,7 +122,7 @@ impl Backend for Wgpu {
         self.engine.download(buffer, bytes)
     }
 
-    gpu::implement_operations! {}
+    gpu::implement_operations! { wgpu::similarity_sweep }
 }
 
 /// Devices that were opened, so that one name is one device.

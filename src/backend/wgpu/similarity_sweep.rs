@@ -4,11 +4,12 @@
 
 use std::ops::Range;
 
-use super::matmul::{Finish, Operand, Output, Product};
-use super::partition;
-use super::{Bindable, Engine, Launch, Scratch};
+use super::engine::Engine;
+use super::matmul;
 use crate::Result;
 use crate::backend::Tensor;
+use crate::backend::gpu::matmul::{Finish, Operand, Output, Product};
+use crate::backend::gpu::{Bindable, Engine as _, Launch, Scratch, partition};
 use crate::backend::operations::{
     STATISTICS, SimilarityMatrix, SimilaritySweepBackward, SimilaritySweepForward, SimilaritySweepOneWay,
 };
@@ -53,7 +54,7 @@ struct Panel {
 
 /// One side's norms, keys and coefficients in one buffer.
 fn pack(
-    engine: &dyn Engine,
+    engine: &Engine,
     matrix: &SimilarityMatrix<'_>,
     rows: usize,
     norms: Option<&Tensor>,
@@ -77,7 +78,7 @@ fn pack(
 
 impl<'a> Sweep<'a> {
     fn new(
-        engine: &dyn Engine,
+        engine: &Engine,
         matrix: SimilarityMatrix<'a>,
         of_rows: Option<&Tensor>,
         of_columns: Option<&Tensor>,
@@ -93,7 +94,7 @@ impl<'a> Sweep<'a> {
         };
         Ok(Self {
             columns: matrix.columns.unwrap_or(matrix.rows),
-            tile: engine.tile_size(rows, columns),
+            tile: matmul::tile_size(engine, rows, columns),
             matrix,
             extents,
             packed_rows,
@@ -102,7 +103,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// Packs the rows anew, with their coefficients.
-    fn pack_rows(&mut self, engine: &dyn Engine, coefficients: &Tensor) -> Result<()> {
+    fn pack_rows(&mut self, engine: &Engine, coefficients: &Tensor) -> Result<()> {
         let (norms, _) = self.matrix.norms.unzip();
         let (keys, _) = self.matrix.keys.unzip();
         self.packed_rows = pack(engine, &self.matrix, self.extents.0, norms, keys, Some(coefficients))?;
@@ -152,8 +153,8 @@ impl<'a> Sweep<'a> {
     }
 
     /// The dot products of a panel's rows with its columns, if they are computed before.
-    fn products(&self, engine: &dyn Engine, panel: &Panel) -> Result<Option<Scratch>> {
-        if !engine.multiplies_before(self.extents) {
+    fn products(&self, engine: &Engine, panel: &Panel) -> Result<Option<Scratch>> {
+        if !matmul::uses_matrices(engine, self.extents) {
             return Ok(None);
         }
         let (height, width) = (panel.rows.len(), panel.columns.len());
@@ -199,7 +200,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// Logits kept in a tensor of so many values: as many tiles as fit it and a binding.
-    fn kept<'k>(&self, engine: &dyn Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
+    fn kept<'k>(&self, engine: &Engine, room: &'k dyn Bindable, values: usize, first_row: usize) -> Kept<'k> {
         let most = usize::try_from(engine.most_bound_bytes() / 4).unwrap_or(usize::MAX);
         Kept { room, tiles: values.min(most) / (self.tile * self.tile), first_row }
     }
@@ -227,7 +228,7 @@ impl<'a> Sweep<'a> {
     /// The statistics of some rows, and of all columns in these rows.
     fn statistics(
         &self,
-        engine: &dyn Engine,
+        engine: &Engine,
         sums: bool,
         rows: Range<usize>,
         of_rows: Option<&dyn Bindable>,
@@ -240,7 +241,7 @@ impl<'a> Sweep<'a> {
         // Each tile has so many values for each of its rows and columns: as many for each entry of its matrix.
         let workspace = engine.workspace(WORKSPACE);
         let values =
-            if engine.multiplies_before(self.extents) { workspace } else { workspace / (2 * quantities) * tile };
+            if matmul::uses_matrices(engine, self.extents) { workspace } else { workspace / (2 * quantities) * tile };
         let mut begun: Vec<usize> = Vec::new();
         for panel in self.panels(rows.clone(), values) {
             let (height, width) = (panel.rows.len(), panel.columns.len());
@@ -299,7 +300,7 @@ impl<'a> Sweep<'a> {
     /// Adds the gradients of some rows.
     fn gradients(
         &self,
-        engine: &dyn Engine,
+        engine: &Engine,
         rows: Range<usize>,
         sides: (bool, bool),
         kept: Option<Kept<'_>>,
@@ -344,7 +345,7 @@ impl<'a> Sweep<'a> {
 }
 
 /// The statistics of rows without entries.
-fn clear(engine: &dyn Engine, statistics: &dyn Bindable, rows: usize) -> Result<()> {
+fn clear(engine: &Engine, statistics: &dyn Bindable, rows: usize) -> Result<()> {
     engine.launch(
         Launch::new("similarity_sweep", "merge")
             .constant("QUANTITIES", 3)
@@ -366,7 +367,7 @@ fn bindable(tensor: Option<&Tensor>) -> Option<&dyn Bindable> {
     tensor.map(|tensor| tensor as &dyn Bindable)
 }
 
-pub(crate) fn forward(engine: &dyn Engine, arguments: SimilaritySweepForward<'_>) -> Result<()> {
+pub(super) fn forward(engine: &Engine, arguments: SimilaritySweepForward<'_>) -> Result<()> {
     let SimilaritySweepForward { matrix, sums, row_statistics, column_statistics, kept } = arguments;
     let (rows, columns, _) = matrix.extents();
     let (of_rows, of_columns) = (row_statistics.as_deref(), column_statistics.as_deref());
@@ -381,7 +382,7 @@ pub(crate) fn forward(engine: &dyn Engine, arguments: SimilaritySweepForward<'_>
     sweep.statistics(engine, sums, 0..rows, bindable(of_rows), bindable(of_columns), kept)
 }
 
-pub(crate) fn backward(engine: &dyn Engine, arguments: SimilaritySweepBackward<'_>) -> Result<()> {
+pub(super) fn backward(engine: &Engine, arguments: SimilaritySweepBackward<'_>) -> Result<()> {
     let SimilaritySweepBackward { matrix, row_coefficients, column_coefficients, kept, d_rows, d_columns } = arguments;
     let (rows, columns, d) = matrix.extents();
     if rows == 0 || columns == 0 || d == 0 {
@@ -395,7 +396,7 @@ pub(crate) fn backward(engine: &dyn Engine, arguments: SimilaritySweepBackward<'
 }
 
 /// Strip by strip: logits, which are kept, and statistics; the partition of the strip's rows; gradients.
-pub(crate) fn one_way(engine: &dyn Engine, arguments: SimilaritySweepOneWay<'_>) -> Result<()> {
+pub(super) fn one_way(engine: &Engine, arguments: SimilaritySweepOneWay<'_>) -> Result<()> {
     let SimilaritySweepOneWay { matrices, partition, d_rows, d_columns } = arguments;
     let mut sweeps =
         matrices.iter().map(|matrix| Sweep::new(engine, *matrix, None, None)).collect::<Result<Vec<_>>>()?;
