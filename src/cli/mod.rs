@@ -132,7 +132,7 @@ pub(crate) struct DeviceArgs {
     ///
     /// `auto` takes the first graphics processor that works, else the CPU. `cuda` is the first NVIDIA one, by CUDA; after
     /// a comma follows how it multiplies matrices: `cuda,exact` as exactly as single precision, `plain` without tensor
-    /// cores, `bf16` or `f16` with factors rounded. `wgpu` is the first device of Vulkan, Metal
+    /// cores, `bf16` or `f16` with factors rounded, `tensor-cores` exactly on tensor cores however small. `wgpu` is the first device of Vulkan, Metal
     /// or Direct3D 12 that `nearfar devices` lists, be it a driver in software, `wgpu:1` the second. After a comma
     /// follows how it is opened, to find out what makes a difference: `wgpu:0,checked` checks every index,
     /// `default-limits` takes what any browser has, `no-subgroups` and `no-f16` do without.

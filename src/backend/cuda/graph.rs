@@ -27,6 +27,8 @@ struct Work {
     recording: u64,
     /// What was copied from the host.
     _uploads: Vec<Pinned>,
+    /// With the kernels that run.
+    _device: Device,
 }
 
 // SAFETY: every thread may use the driver's handles, if not two at once.
@@ -139,7 +141,8 @@ impl Cuda {
         let graph = captured.ok_or_else(|| gpu.broken("recording a graph: there is none"))?;
         recording.ended = true;
         let (number, uploads) = (pool.end_recording(), cuda.engine.take_uploads());
-        let (gpu, pool) = (gpu.clone(), pool.clone());
-        Ok((Graph { work: Some(Work { graph, gpu, pool, recording: number, _uploads: uploads }) }, value))
+        let (gpu, pool, device) = (gpu.clone(), pool.clone(), device.clone());
+        let work = Work { graph, gpu, pool, recording: number, _uploads: uploads, _device: device };
+        Ok((Graph { work: Some(work) }, value))
     }
 }

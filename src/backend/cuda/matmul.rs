@@ -34,8 +34,8 @@ pub(super) fn description(engine: &Engine) -> String {
 pub(super) fn rounding(engine: &Engine) -> f64 {
     match engine.settings.products {
         Products::Exact | Products::Plain => 0.0,
-        Products::Bf16 => f64::from(2.0f32.powi(-9)),
-        Products::F16 => f64::from(2.0f32.powi(-12)),
+        Products::Bf16 => f64::from(2.0f32.powi(-8)),
+        Products::F16 => f64::from(2.0f32.powi(-11)),
     }
 }
 
@@ -48,7 +48,7 @@ fn has_tensor_cores(engine: &Engine) -> bool {
 pub(super) fn way(engine: &Engine, (m, n, k): (usize, usize, usize)) -> Products {
     match engine.settings.products {
         _ if !has_tensor_cores(engine) || m * n * k == 0 => Products::Plain,
-        Products::Exact if m * n * k < LARGE_PRODUCT => Products::Plain,
+        Products::Exact if m * n * k < LARGE_PRODUCT && !engine.settings.tensor_cores => Products::Plain,
         products => products,
     }
 }
@@ -71,16 +71,50 @@ pub(super) fn shared_memory(way: Products, tile: usize) -> usize {
     }
 }
 
-/// Blocks that keep the device busy.
-pub(super) fn enough_blocks(engine: &Engine, way: Products) -> usize {
-    let multiprocessors = engine.gpu.properties().multiprocessors as usize;
-    if way == Products::Exact { multiprocessors } else { 2 * multiprocessors }
+/// About how long blocks take that each have a tile of a product: so many blocks of so many multiplications for each of
+/// the tile's elements. In nanoseconds, of a data centre's GPU.
+fn time_of_blocks(way: Products, multiprocessors: usize, tile: usize, blocks: usize, inner: usize) -> f64 {
+    let large = tile == 128;
+    // Of a multiprocessor in a nanosecond. What a small tile reads of shared memory is used for half as much.
+    let multiplications = match (way, large) {
+        (Products::Plain, true) => 160.0,
+        (Products::Plain, false) => 130.0,
+        (Products::Exact, true) => 430.0,
+        (Products::Exact, false) => 250.0,
+        (Products::F16 | Products::Bf16, true) => 1300.0,
+        (Products::F16 | Products::Bf16, false) => 750.0,
+    };
+    // The beginning and the end of a tile, beside what else the multiprocessor does.
+    let rest = if large { 700.0 } else { 350.0 };
+    let in_turn = blocks.div_ceil(multiprocessors.max(1));
+    // One block alone waits for memory.
+    let alone = if in_turn == 1 && way != Products::Exact { 1.3 } else { 1.0 };
+    in_turn as f64 * (alone * (tile * tile * inner) as f64 / multiplications + rest)
 }
 
-/// Rows and columns of a tile. Large ones read less for each product; small ones are more, and keep a device busy.
-pub(super) fn tile_size(engine: &Engine, rows: usize, columns: usize) -> usize {
-    let tiles = rows.div_ceil(128) * columns.div_ceil(128);
-    if tiles >= enough_blocks(engine, Products::Plain) { 128 } else { 64 }
+fn tiles(tile: usize, rows: usize, columns: usize) -> usize {
+    rows.div_ceil(tile) * columns.div_ceil(tile)
+}
+
+/// Rows and columns of a tile, and into how many parts the inner places are cut. Large tiles read less for each product;
+/// small ones, and parts, are more, and keep a device busy.
+fn cut(way: Products, multiprocessors: usize, (m, n, k): (usize, usize, usize)) -> (usize, usize) {
+    let most_parts = (k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
+    let time = |tile: usize, parts: usize| {
+        let blocks = tiles(tile, m, n) * parts;
+        // One more launch, that reads all parts: 2 TB in a second.
+        let merge = if parts == 1 { 0.0 } else { 4000.0 + (4 * m * n * (2 * parts + 1)) as f64 / 2000.0 };
+        time_of_blocks(way, multiprocessors, tile, blocks, k.div_ceil(parts)) + merge
+    };
+    let all = [128, 64].into_iter().flat_map(|tile| (1..=most_parts).map(move |parts| (tile, parts)));
+    all.min_by(|a, b| time(a.0, a.1).total_cmp(&time(b.0, b.1))).unwrap_or((64, 1))
+}
+
+/// Rows and columns of a tile of a similarity matrix of embeddings of some width.
+pub(super) fn tile_size(engine: &Engine, way: Products, (rows, columns, width): (usize, usize, usize)) -> usize {
+    let multiprocessors = engine.gpu.properties().multiprocessors as usize;
+    let time = |tile| time_of_blocks(way, multiprocessors, tile, tiles(tile, rows, columns), width);
+    if time(128) <= time(64) { 128 } else { 64 }
 }
 
 /// A matrix in 16 bits: one value each or two, rows padded with zeros.
@@ -232,13 +266,8 @@ impl Tiles<'_> {
     /// matrices to a launch.
     fn run<'s>(&'s self, engine: &Engine, operands: impl FnOnce(Launch<'s>) -> Launch<'s>) -> Result<()> {
         let (m, n, k) = self.extents;
-        let enough = enough_blocks(engine, self.way);
-        let tiles = |tile: usize| m.div_ceil(tile) * n.div_ceil(tile);
-        // Large tiles of several parts are better than small ones, if parts are not too short.
-        let most_parts = (k / SHORTEST_PART).min(MOST_PARTIAL / (m * n)).clamp(1, 64);
-        let large_parts = if self.way == Products::Plain { 1 } else { most_parts.div_ceil(4) };
-        let tile = if tiles(128) * large_parts >= enough { 128 } else { 64 };
-        let part = k.div_ceil((enough / tiles(tile)).clamp(1, most_parts)).next_multiple_of(32).max(32);
+        let (tile, parts) = cut(self.way, engine.gpu.properties().multiprocessors as usize, self.extents);
+        let part = k.div_ceil(parts).next_multiple_of(32).max(32);
         let parts = k.div_ceil(part).max(1);
         let launch = Launch::new("matmul", entry(self.way, ["forward", "multiply_halves", "multiply_exact"]))
             .constant("TILE", tile as u32)
@@ -249,7 +278,7 @@ impl Tiles<'_> {
             .size("columns", n)
             .size("inner", k)
             .size("part", part)
-            .groups([tiles(tile), parts, 1]);
+            .groups([tiles(tile, m, n), parts, 1]);
         let launch = operands(launch);
         let shared = shared_memory(self.way, tile);
         if parts == 1 {
@@ -319,4 +348,26 @@ pub(super) fn packed_product(
         let launch = a.packed.bind_largest(launch, "largest_a").size("a_stride", a.packed.stride);
         b.packed.bind_largest(launch, "largest_b").size("b_stride", b.packed.stride)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_keep_a_device_busy() {
+        for way in [Products::Plain, Products::Exact, Products::F16, Products::Bf16] {
+            // More than enough tiles, of either size.
+            assert_eq!(cut(way, 132, (65_536, 3072, 768)), (128, 1), "{way}");
+            // Too few of them, and hardly anything to do.
+            assert_eq!(cut(way, 132, (7, 5, 3)), (64, 1), "{way}");
+            assert_eq!(cut(way, 132, (64, 64, 0)), (64, 1), "{way}");
+            // One tile, that takes long.
+            let (tile, parts) = cut(way, 132, (64, 64, 100_000));
+            assert!(tile == 64 && parts > 16, "{way}: {tile}, {parts}");
+            // A few large tiles rather than many small ones.
+            let (tile, parts) = cut(way, 132, (1024, 768, 16_384));
+            assert!(tile == 128 && parts > 1, "{way}: {tile}, {parts}");
+        }
+    }
 }

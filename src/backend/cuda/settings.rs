@@ -47,6 +47,8 @@ impl fmt::Display for Products {
 pub struct Settings {
     /// How matrix products are computed.
     pub products: Products,
+    /// Exact products by tensor cores however small they are, where ordinary arithmetic would be faster: to test them.
+    pub tensor_cores: bool,
     /// With an event around every launch, for [`Device::timings`](crate::Device::timings). Slower.
     pub profile: bool,
     /// Values of a workspace of the loss at most, instead of as many as are fast.
@@ -57,9 +59,10 @@ pub struct Settings {
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let products = (self.products != Products::default()).then(|| self.products.to_string());
-        let profile = self.profile.then(|| "profile".to_owned());
+        let flags = [("tensor-cores", self.tensor_cores), ("profile", self.profile)];
+        let flags = flags.into_iter().filter(|(_, set)| *set).map(|(name, _)| name.to_owned());
         let workspace = self.workspace.map(|values| format!("workspace={values}"));
-        f.write_str(&products.into_iter().chain(profile).chain(workspace).collect::<Vec<_>>().join(","))
+        f.write_str(&products.into_iter().chain(flags).chain(workspace).collect::<Vec<_>>().join(","))
     }
 }
 
@@ -73,11 +76,16 @@ impl FromStr for Settings {
                 settings.products = *products;
             } else if name == "profile" {
                 settings.profile = true;
+            } else if name == "tensor-cores" {
+                settings.tensor_cores = true;
             } else {
                 let values = name.strip_prefix("workspace=").and_then(|values| values.parse().ok());
                 settings.workspace = Some(values.ok_or_else(|| {
                     let names = Products::NAMES.map(|(name, _)| name).join(", ");
-                    Error::setting("device", format!("`{name}` is none of: {names}, profile, workspace=VALUES"))
+                    Error::setting(
+                        "device",
+                        format!("`{name}` is none of: {names}, tensor-cores, profile, workspace=VALUES"),
+                    )
                 })?);
             }
         }
@@ -97,7 +105,7 @@ mod tests {
 
     #[test]
     fn names_say_how_a_device_is_opened() {
-        for name in ["cuda:0", "cuda:3,plain", "cuda:1,bf16,profile,workspace=3000"] {
+        for name in ["cuda:0", "cuda:3,plain", "cuda:1,bf16,profile,workspace=3000", "cuda:0,tensor-cores"] {
             assert_eq!(Request::named(KIND, name).unwrap().unwrap().to_string(), name);
         }
         assert_eq!(Request::named(KIND, "cuda,exact").unwrap().unwrap().to_string(), "cuda:0");

@@ -103,7 +103,7 @@ impl<'a> Sweep<'a> {
             engine,
             matrix,
             way,
-            tile: matmul::tile_size(engine, rows, columns),
+            tile: matmul::tile_size(engine, way, extents),
             width,
             rows: side(matrix.rows, rows, row_norms, row_keys)?,
             columns: matrix.columns.map(|other| side(other, columns, column_norms, column_keys)).transpose()?,
