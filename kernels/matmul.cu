@@ -4,9 +4,11 @@
 //                          output, or of several parts of the inner places, each part's product: output (S, M, N)
 //     multiply_halves      the same of matrices of 16-bit values by tensor cores
 //     multiply_exact       the same of matrices of two f16 for each value
+//     multiply_hopper      the same as multiply_halves by Hopper's warpgroups, without bias and activation: factor · op(a) ·
+//                          op(b), or added to output, or each part's product
 //     finish               output (M, N) = activation(factor · Σ_S partials + bias), or added to output
 //     largest_magnitudes   largest[i] = the bits of the largest magnitude of norms · input in the i-th of 256 shares
-//     pack_halves          norms · input in 16 bits, as shared/tensor_tile.cuh wants it; largest[256] = the largest bits
+//     pack_halves          norms · input in 16 bits, as in shared/tensor_tile.cuh; largest[256] = the largest bits
 //
 // op(a) is (M, K) and stored so, or as (K, M) with TRANSPOSE_A; op(b) is (K, N), or stored as (N, K) with TRANSPOSE_B.
 // Matrices are parts of larger ones: they have a stride from row to row. Norms are one factor for each row as it is
@@ -15,7 +17,10 @@
 // f16 values are scaled by a power of two found from the largest magnitude of their matrix; where it is not given it is
 // 1, that of embeddings over their lengths. bf16 values are not scaled.
 //
-// Launch: a block for each TILE × TILE of the output, in x, and for each part, in y; of `finish`, 1,024 elements a
+// Launch: a block for each TILE × TILE of the output, in x, and for each part, in y; of `multiply_hopper` as many blocks
+// as there are multiprocessors, or as there are tiles of 128 × 256 (128 with NARROW) of all parts, if they are fewer: a
+// block has every gridDim.x-th of them, a part is a multiple of 64 inner places, dynamic shared memory is 197,696 bytes
+// (197,728 with NARROW) and shared/hopper_tile.cuh says what the tensor maps `a` and `b` are; of `finish`, 1,024 elements a
 // block; of `largest_magnitudes` 256 blocks; of `pack_halves` 2,048 values a block, whole rows of `output_stride`.
 
 #include "gelu.cuh"
@@ -156,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(256) forward(
     const float *__restrict__ a, const float *__restrict__ b, OPTIONAL const float *__restrict__ norms_a,
     OPTIONAL const float *__restrict__ norms_b, OPTIONAL const float *__restrict__ log_scale,
     OPTIONAL const float *__restrict__ bias, OPTIONAL float *__restrict__ kept, float *__restrict__ output, u32 rows,
-    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu, OPTIONAL u32 accumulate
+    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu,
+    OPTIONAL u32 accumulate
 ) {
     __shared__ float4 memory[PlainTile<TILE>::MEMORY / 4];
     uint2 place = place_of_tile(blockIdx.x, (rows + TILE - 1) / TILE, (columns + TILE - 1) / TILE);
@@ -179,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(256) forward(
 extern "C" __global__ void __launch_bounds__(256, 4) finish(
     const float *__restrict__ partials, OPTIONAL const float *__restrict__ log_scale,
     OPTIONAL const float *__restrict__ bias, OPTIONAL float *__restrict__ kept, float *__restrict__ output, u32 rows,
-    u32 columns, u32 parts, u32 output_stride, OPTIONAL u32 gelu, OPTIONAL u32 accumulate
+    u32 columns, u32 parts, u32 output_stride, OPTIONAL u32 gelu,
+    OPTIONAL u32 accumulate
 ) {
     Finish to = {output, output_stride, bias, kept, make_float2(1.0f, factor_of(log_scale)),
                  gelu != 0, accumulate != 0, rows, columns};
@@ -218,9 +225,9 @@ extern "C" __global__ void __launch_bounds__(256, 4) finish(
 #endif
 #if (defined(MULTIPLY_HALVES) || defined(MULTIPLY_EXACT)) && __CUDA_ARCH__ >= 800
 
-// Finishes a tile of products by way of shared memory, TILE × TILE floats: a thread has few at a time, and threads beside
-// each other write rows. Against conflicts of memory banks, eight columns next to each other are put elsewhere in each
-// of four rows.
+// Finishes a tile of products by way of shared memory, TILE × TILE floats: a thread has few at a time, and threads
+// beside each other write rows. Against conflicts of memory banks, eight columns next to each other are put elsewhere in
+// each of four rows.
 template <typename Tile>
 __device__ __forceinline__ void
 finish_tile(Tile &tile, const Finish &to, u32 first_row, u32 first_column, float *memory) {
@@ -294,7 +301,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) multiply_halves(
     const u16 *__restrict__ a, const u16 *__restrict__ b, OPTIONAL const u32 *__restrict__ largest_a,
     OPTIONAL const u32 *__restrict__ largest_b, OPTIONAL const float *__restrict__ log_scale,
     OPTIONAL const float *__restrict__ bias, OPTIONAL float *__restrict__ kept, float *__restrict__ output, u32 rows,
-    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu, OPTIONAL u32 accumulate
+    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu,
+    OPTIONAL u32 accumulate
 ) {
 #if __CUDA_ARCH__ >= 800
     HalfLines left = {a, nullptr, a_stride, rows};
@@ -306,6 +314,117 @@ extern "C" __global__ void __launch_bounds__(128, 2) multiply_halves(
 }
 
 #endif
+#ifdef MULTIPLY_HOPPER
+
+#include "hopper_tile.cuh"
+
+#ifdef BF16
+#define FORMAT Bf16
+#else
+#define FORMAT F16
+#endif
+// Narrow tiles are for few columns, or few tiles.
+#ifdef NARROW
+typedef GroupTile<64, 128> Tile;
+#else
+typedef GroupTile<64, 256> Tile;
+#endif
+[[maybe_unused]] constexpr int STAGES = Tile::BLOCK_COLUMNS == 256 ? 4 : 6;
+
+// Writes a group's products. Places are said from the thread's first one on, so that they are numbers in the
+// instructions: as sums for each place, they would stay in registers from tile to tile.
+__device__ __forceinline__ void write_products(
+    Tile &tile, float *output, u32 stride, u32 rows, u32 columns, u32 first_row, u32 first_column, float2 factors,
+    bool accumulate
+) {
+    // Of values that are read before they are written many are asked for at once: one after the other, each would be
+    // waited for.
+    constexpr int AT_ONCE = 32;
+    bool whole = first_row + Tile::HEIGHT <= rows && first_column + Tile::WIDTH <= columns;
+    bool twos = stride % 2 == 0 && ((size_t)output & 7) == 0;
+    first_row += Tile::row(0);
+    first_column += Tile::column(0);
+    i32 rows_left = (i32)(rows - first_row);
+    i32 columns_left = (i32)(columns - first_column);
+#pragma unroll
+    for (int u = 0; u < Tile::ROWS; u++) {
+        float *row = output + (size_t)(first_row + Tile::down(u)) * stride + first_column;
+        if (whole && twos) {
+#pragma unroll
+            for (int part = 0; part < Tile::COLUMNS; part += AT_ONCE) {
+                float2 old[AT_ONCE / 2];
+#pragma unroll
+                for (int v = 0; v < AT_ONCE; v += 2) {
+                    old[v / 2] = accumulate ? *(float2 *)(row + Tile::right(part + v)) : make_float2(0.0f, 0.0f);
+                }
+#pragma unroll
+                for (int v = 0; v < AT_ONCE; v += 2) {
+                    *(float2 *)(row + Tile::right(part + v)) = make_float2(
+                        factors.y * (factors.x * tile.at(u, part + v)) + old[v / 2].x, factors.y * (factors.x * tile.at(u, part + v + 1)) + old[v / 2].y
+                    );
+                }
+            }
+        } else if ((i32)Tile::down(u) < rows_left) {
+#pragma unroll
+            for (int v = 0; v < Tile::COLUMNS; v++) {
+                if ((i32)Tile::right(v) < columns_left) {
+                    float *to = row + Tile::right(v);
+                    *to = factors.y * (factors.x * tile.at(u, v)) + (accumulate ? *to : 0.0f);
+                }
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) multiply_hopper(
+    const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+    OPTIONAL const u32 *__restrict__ largest_a, OPTIONAL const u32 *__restrict__ largest_b,
+    OPTIONAL const float *__restrict__ log_scale, float *__restrict__ output, u32 rows, u32 columns, u32 inner,
+    u32 part, u32 output_stride, OPTIONAL u32 accumulate
+) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ float4 dynamic[];
+    u32 down = (rows + Tile::BLOCK_ROWS - 1) / Tile::BLOCK_ROWS;
+    u32 across = (columns + Tile::BLOCK_COLUMNS - 1) / Tile::BLOCK_COLUMNS;
+    u32 parts = max(1u, (inner + part - 1) / part);
+    u32 tiles = down * across;
+    HopperRing<FORMAT, LEFT_BY_LINES, RIGHT_BY_LINES, Tile, STAGES> ring;
+    ring.begin(dynamic, a, b);
+    if (ring.is_of_copies()) {
+        lower_registers<24>();
+        if (ring.copies()) {
+            for (u32 number = blockIdx.x; number < parts * tiles; number += gridDim.x) {
+                uint2 place = place_of_hopper_tile(number % tiles, down, across);
+                u32 first = number / tiles * part;
+                u32 end = min(first + part, inner);
+                ring.copy(a, b, place.x * Tile::BLOCK_ROWS, place.y * Tile::BLOCK_COLUMNS, first, end);
+            }
+        }
+    } else {
+        raise_registers<240>();
+        float2 factors = make_float2(1.0f, factor_of(log_scale));
+        if (FORMAT::SCALED) {
+            factors.x = 1.0f / scale_of(largest_a ? __ldg(largest_a) : BITS_OF_ONE);
+            factors.y /= scale_of(largest_b ? __ldg(largest_b) : BITS_OF_ONE);
+        }
+        for (u32 number = blockIdx.x; number < parts * tiles; number += gridDim.x) {
+            // Of this tile only, so that sums of the one before are not kept for it.
+            Tile tile;
+            uint2 place = place_of_hopper_tile(number % tiles, down, across);
+            u32 first = number / tiles * part;
+            u32 end = min(first + part, inner);
+            ring.multiply(tile, (end - first + HOPPER_STEP - 1) / HOPPER_STEP);
+            write_products(
+                tile, output + (size_t)(number / tiles) * rows * columns, output_stride, rows, columns,
+                place.x * Tile::BLOCK_ROWS + Tile::first_row(),
+                place.y * Tile::BLOCK_COLUMNS + Tile::first_column(), factors, accumulate != 0
+            );
+        }
+    }
+#endif
+}
+
+#endif
 #ifdef MULTIPLY_EXACT
 
 extern "C" __global__ void __launch_bounds__(256, 1) multiply_exact(
@@ -313,7 +432,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) multiply_exact(
     const u16 *__restrict__ low_b, OPTIONAL const u32 *__restrict__ largest_a,
     OPTIONAL const u32 *__restrict__ largest_b, OPTIONAL const float *__restrict__ log_scale,
     OPTIONAL const float *__restrict__ bias, OPTIONAL float *__restrict__ kept, float *__restrict__ output, u32 rows,
-    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu, OPTIONAL u32 accumulate
+    u32 columns, u32 inner, u32 part, u32 a_stride, u32 b_stride, u32 output_stride, OPTIONAL u32 gelu,
+    OPTIONAL u32 accumulate
 ) {
 #if __CUDA_ARCH__ >= 800
     HalfLines left = {a, low_a, a_stride, rows};

@@ -1,11 +1,11 @@
 // Sweeps over a similarity matrix that is never stored: z[r, c] = exp(log_scale) · rows[r] · columns[c], some entries
 // left out.
 //
-//     forward               a panel's tiles: the statistics of each row and each column of every tile
-//     merge                 the statistics of a row (column) in the tiles of a panel, merged into those of earlier panels
-//     backward              a panel's G[r, c] = w_r·exp(z − L_r) − s_r + w_c·exp(z − L_c) − s_c, 0 where left out
-//     largest_coefficients  largest[i] = the bits of the largest |w| + |s| in the i-th of 128 shares of the rows' and of
-//                           128 shares of the columns' coefficients
+//     forward    a panel's tiles: the statistics of each row and each column of every tile
+//     merge      the statistics of a row (column) in the tiles of a panel, merged into those of earlier panels
+//     backward   a panel's G[r, c] = w_r·exp(z − L_r) − s_r + w_c·exp(z − L_c) − s_c, 0 where left out
+//     largest_coefficients   largest[i] = the bits of the largest |w| + |s| in the i-th of 128 shares of the rows' and
+//                            of 128 shares of the columns' coefficients
 //
 // `forward_halves` and `backward_halves` do the same by tensor cores, of embeddings in 16 bits (matmul.cu packs them,
 // their norms with them); `forward_exact` and `backward_exact` of two f16 for each value. Their G is in 16 bits, too,
@@ -206,8 +206,9 @@ struct Side {
     u32 first;
 };
 
-// What of shared memory belongs to one quantity: a tile's lines for each place of a warp.
-[[maybe_unused]] constexpr int EXCHANGE = 4 * TILE;
+// Floats of shared memory that belong to one quantity: a tile's lines for each place of a warp.
+template <typename Tile>
+constexpr int EXCHANGE = TILE * (Tile::WARPS_ACROSS > Tile::WARPS_DOWN ? Tile::WARPS_ACROSS : Tile::WARPS_DOWN);
 
 // Writes a quantity of the rows whose parts are in shared memory, and gives it to the thread of each.
 template <typename Operation, int PARTS>
@@ -263,18 +264,18 @@ bounded_statistics(Tile &tile, const Side &of_rows, const Side &of_columns, bool
         }
     }
     combine_rows<Add, TILE, Tile>(row_sums, shared);
-    combine_rows<Add, TILE, Tile>(row_along, shared + EXCHANGE);
+    combine_rows<Add, TILE, Tile>(row_along, shared + EXCHANGE<Tile>);
     if (columns) {
-        combine_columns<Add, TILE, Tile>(column_sums, shared + 2 * EXCHANGE);
-        combine_columns<Add, TILE, Tile>(column_along, shared + 3 * EXCHANGE);
+        combine_columns<Add, TILE, Tile>(column_sums, shared + 2 * EXCHANGE<Tile>);
+        combine_columns<Add, TILE, Tile>(column_along, shared + 3 * EXCHANGE<Tile>);
     }
     __syncthreads();
     float sum = write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 1, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 2, shared + EXCHANGE);
+    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 2, shared + EXCHANGE<Tile>);
     write_reference(of_rows, sum, scale);
     if (columns) {
-        sum = write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 1, shared + 2 * EXCHANGE);
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 2, shared + 3 * EXCHANGE);
+        sum = write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 1, shared + 2 * EXCHANGE<Tile>);
+        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 2, shared + 3 * EXCHANGE<Tile>);
         write_reference(of_columns, sum, scale);
     }
 }
@@ -307,12 +308,12 @@ __device__ __forceinline__ void unbounded_row_statistics(Tile &tile, const Side 
             along[u] += e * logit;
         }
     }
-    combine_rows<Add, TILE, Tile>(sums, shared + EXCHANGE);
-    combine_rows<Add, TILE, Tile>(along, shared + 2 * EXCHANGE);
+    combine_rows<Add, TILE, Tile>(sums, shared + EXCHANGE<Tile>);
+    combine_rows<Add, TILE, Tile>(along, shared + 2 * EXCHANGE<Tile>);
     __syncthreads();
     write_quantity<Largest, Tile::WARPS_ACROSS>(side, 0, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(side, 1, shared + EXCHANGE);
-    write_quantity<Add, Tile::WARPS_ACROSS>(side, 2, shared + 2 * EXCHANGE);
+    write_quantity<Add, Tile::WARPS_ACROSS>(side, 1, shared + EXCHANGE<Tile>);
+    write_quantity<Add, Tile::WARPS_ACROSS>(side, 2, shared + 2 * EXCHANGE<Tile>);
 }
 
 template <typename Tile>
@@ -343,12 +344,12 @@ __device__ __forceinline__ void unbounded_column_statistics(Tile &tile, const Si
             along[v] += e * logit;
         }
     }
-    combine_columns<Add, TILE, Tile>(sums, shared + EXCHANGE);
-    combine_columns<Add, TILE, Tile>(along, shared + 2 * EXCHANGE);
+    combine_columns<Add, TILE, Tile>(sums, shared + EXCHANGE<Tile>);
+    combine_columns<Add, TILE, Tile>(along, shared + 2 * EXCHANGE<Tile>);
     __syncthreads();
     write_quantity<Largest, Tile::WARPS_DOWN>(side, 0, shared);
-    write_quantity<Add, Tile::WARPS_DOWN>(side, 1, shared + EXCHANGE);
-    write_quantity<Add, Tile::WARPS_DOWN>(side, 2, shared + 2 * EXCHANGE);
+    write_quantity<Add, Tile::WARPS_DOWN>(side, 1, shared + EXCHANGE<Tile>);
+    write_quantity<Add, Tile::WARPS_DOWN>(side, 2, shared + 2 * EXCHANGE<Tile>);
 }
 
 // Σ z and the number of entries, of rows and columns.
@@ -380,19 +381,19 @@ sums_of_logits(Tile &tile, const Side &of_rows, const Side &of_columns, bool col
         }
     }
     combine_rows<Add, TILE, Tile>(row_logits, shared);
-    combine_rows<Add, TILE, Tile>(row_entries, shared + EXCHANGE);
-    combine_columns<Add, TILE, Tile>(column_logits, shared + 2 * EXCHANGE);
-    combine_columns<Add, TILE, Tile>(column_entries, shared + 3 * EXCHANGE);
+    combine_rows<Add, TILE, Tile>(row_entries, shared + EXCHANGE<Tile>);
+    combine_columns<Add, TILE, Tile>(column_logits, shared + 2 * EXCHANGE<Tile>);
+    combine_columns<Add, TILE, Tile>(column_entries, shared + 3 * EXCHANGE<Tile>);
     __syncthreads();
     write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 3, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 4, shared + EXCHANGE);
+    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 4, shared + EXCHANGE<Tile>);
     if (columns) {
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 3, shared + 2 * EXCHANGE);
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 4, shared + 3 * EXCHANGE);
+        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 3, shared + 2 * EXCHANGE<Tile>);
+        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 4, shared + 3 * EXCHANGE<Tile>);
     }
 }
 
-// The statistics of a tile's rows and, if they are wanted, its columns. `shared` is 4 · EXCHANGE floats, free for use.
+// The statistics of a tile's rows and, if they are wanted, its columns. `shared` is four times EXCHANGE, free for use.
 template <typename Tile>
 __device__ __forceinline__ void write_statistics(
     Tile &tile, const Side &of_rows, const Side &of_columns, bool columns, u32 quantities, bool bounded, float scale,
@@ -584,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(256) forward(
     // Whether columns' statistics are wanted, and where their parts begin.
     u32 of_columns, u32 column_partials, u32 quantities
 ) {
-    __shared__ float exchange[4 * EXCHANGE];
+    __shared__ float exchange[4 * EXCHANGE<PlainTile<TILE>>];
     Panel panel = panel_of(rows, columns, first_row, first_column, row_keys, column_keys, has_diagonal, diagonal);
     Place place = place_of_block(panel, all_columns, gram != 0, kept_from);
     if (!place.swept) {

@@ -1,7 +1,7 @@
 // A tile of a matrix product by tensor cores, SIDE × SIDE with SIDE 64 or 128, of 16-bit values with f32 sums.
 //
-// Both matrices have been brought into 16 bits before, their rows padded with zeros to a multiple of 8 values, 16 bytes.
-// A value is one f16 or bf16; or, as exact as f32, the sum of two f16, high + low / 2^11: 22 bits of it. A product of
+// Both matrices have been brought into 16 bits before, their rows padded with zeros to a multiple of 8 values, or 16
+// bytes. A value is one f16 or bf16; or, as exact as f32, the sum of two f16, high + low / 2^11: 22 bits of it. A product of
 // two such values is high·high + (high·low + low·high) / 2^11; what is left out is below the rounding of f32. f16 are
 // scaled by a power of two for each matrix that brings its largest magnitude near the end of their range.
 //

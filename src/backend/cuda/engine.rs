@@ -5,14 +5,14 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::buffer::{self, CudaBuffer, Pool};
-use super::driver::{self, Gpu, Pinned, Value};
+use super::driver::{self, Gpu, Pinned, TensorMap, Value};
 use super::kernel::{Entry, Kernels, Kind};
 use super::matmul;
 use super::profile::Profile;
 use super::settings::Settings;
 use crate::backend::Buffer;
 use crate::backend::gpu::matmul::Product;
-use crate::backend::gpu::{self, Bound, Groups, Launch, Scalar};
+use crate::backend::gpu::{self, Bindable, Bound, Groups, Launch, Scalar};
 use crate::error::DType;
 use crate::{Error, Result};
 
@@ -78,6 +78,13 @@ impl Engine {
         from.download(0, bytes)
     }
 
+    /// Where something begins, which is used from now on.
+    pub(super) fn address(&self, what: &dyn Bindable) -> Result<u64> {
+        let buffer = self.raw(what.bind().0)?;
+        buffer.mark();
+        Ok(buffer.address())
+    }
+
     /// The number that is given to an argument, by the launch or by a flag or constant of it.
     fn scalar(&self, entry: &Entry, launch: &Launch<'_>, name: &str, wanted: Scalar) -> Result<Option<u64>> {
         match launch.params.iter().find(|(of, ..)| *of == name) {
@@ -105,7 +112,17 @@ impl Engine {
     }
 
     /// Starts a launch, with so many bytes of dynamic shared memory.
-    pub(super) fn launch_with(&self, mut launch: Launch<'_>, shared: usize) -> Result<()> {
+    pub(super) fn launch_with(&self, launch: Launch<'_>, shared: usize) -> Result<()> {
+        self.launch_mapped(launch, shared, &[])
+    }
+
+    /// The same with tensor maps, of memory that the caller keeps until the launch is asked for, under their names.
+    pub(super) fn launch_mapped(
+        &self,
+        mut launch: Launch<'_>,
+        shared: usize,
+        maps: &[(&'static str, TensorMap)],
+    ) -> Result<()> {
         launch.check()?;
         let grid = match launch.groups {
             Groups::Grid(grid) => grid,
@@ -138,7 +155,13 @@ impl Engine {
                     None => None,
                 },
                 Kind::Scalar(of) => self.scalar(&entry, &launch, name, of)?,
-                Kind::TensorMap => return broken("tensor maps are bound elsewhere"),
+                Kind::TensorMap => match maps.iter().find(|(of, _)| *of == name) {
+                    Some((_, map)) => {
+                        values.push(Value::TensorMap(*map));
+                        continue;
+                    }
+                    None => None,
+                },
             };
             match value {
                 Some(value) => values.push(Value::Word(value)),

@@ -69,6 +69,8 @@ texts! {
     "dropout",
     "elements",
     "gelu",
+    "hopper",
+    "hopper_tile",
     "instructions",
     "numerics",
     "philox",
@@ -177,6 +179,11 @@ impl Architecture {
         })?;
         // Tensor memory copies and the products of warp groups are Hopper's alone.
         Ok(Self { number: *number, specific: *number == 90 && version >= (12, 0) })
+    }
+
+    /// Whether kernels may use what only this one has.
+    pub(super) fn is_specific(self) -> bool {
+        self.specific
     }
 
     #[cfg(test)]

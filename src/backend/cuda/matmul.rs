@@ -4,6 +4,7 @@
 use std::rc::Rc;
 
 use super::engine::Engine;
+use super::hopper;
 use super::settings::Products;
 use crate::Result;
 use crate::backend::gpu::matmul::{Finish, Operand, Output, Product};
@@ -185,6 +186,11 @@ impl Packed {
         Ok(packed)
     }
 
+    /// The address of a row, of high parts.
+    pub(super) fn address(&self, engine: &Engine, row: usize) -> Result<u64> {
+        Ok(engine.address(&self.high)? + 2 * (row * self.stride) as u64)
+    }
+
     pub(super) fn stride(&self) -> usize {
         self.stride
     }
@@ -286,13 +292,41 @@ impl Tiles<'_> {
         }
         let partials = (engine as &dyn gpu::Engine).scratch(parts * m * n, DType::F32)?;
         engine.launch_with(launch.write("output", &partials).size("output_stride", n), shared)?;
+        self.finish_parts(engine, &partials, parts)
+    }
+
+    /// Adds the products of parts.
+    fn finish_parts(&self, engine: &Engine, partials: &Scratch, parts: usize) -> Result<()> {
+        let (m, n, _) = self.extents;
         let launch = Launch::new("matmul", "finish")
-            .read("partials", &partials)
+            .read("partials", partials)
             .size("rows", m)
             .size("columns", n)
             .size("parts", parts)
             .row_of_groups((m * n).div_ceil(GROUP));
         engine.launch(self.finishing(launch))
+    }
+
+    /// Runs it by Hopper's warpgroups. What is more than a factor comes after them.
+    fn run_hopper(&self, engine: &Engine, sides: (PackedOperand<'_>, PackedOperand<'_>)) -> Result<()> {
+        let (m, n, _) = self.extents;
+        let Output { buffer, first, stride, accumulate } = self.output;
+        let multiprocessors = engine.gpu.properties().multiprocessors as usize;
+        let cut = hopper::Cut::of(multiprocessors, self.extents, MOST_PARTIAL / (m * n));
+        let Finish { log_scale, bias, gelu, kept } = self.finish;
+        let launch = Launch::new("matmul", "multiply_hopper");
+        if cut.parts == 1 && bias.is_none() && !gelu && kept.is_none() {
+            let launch = launch
+                .read_if("FACTOR", "log_scale", log_scale)
+                .flag("ACCUMULATE", accumulate)
+                .write_part("output", buffer, first..first + (m - 1) * stride + n, "output_base")
+                .size("output_stride", stride);
+            return hopper::multiply(engine, self.way, cut, sides, self.extents, launch);
+        }
+        let partials = (engine as &dyn gpu::Engine).scratch(cut.parts * m * n, DType::F32)?;
+        let launch = launch.write("output", &partials).size("output_stride", n);
+        hopper::multiply(engine, self.way, cut, sides, self.extents, launch)?;
+        self.finish_parts(engine, &partials, cut.parts)
     }
 }
 
@@ -342,6 +376,9 @@ pub(super) fn packed_product(
     finish: Finish<'_>,
 ) -> Result<()> {
     let tiles = Tiles { way, extents, transposed: (a.transposed, b.transposed), output, finish };
+    if hopper::is_wanted(engine, way) {
+        return tiles.run_hopper(engine, (a, b));
+    }
     tiles.run(engine, |launch| {
         let launch = a.packed.bind(launch, ["a", "low_a"], a.first_row, false);
         let launch = b.packed.bind(launch, ["b", "low_b"], b.first_row, false);

@@ -16,6 +16,7 @@ mod caller;
 mod driver;
 mod engine;
 mod graph;
+mod hopper;
 mod kernel;
 mod matmul;
 mod nvrtc;

@@ -49,6 +49,8 @@ pub struct Settings {
     pub products: Products,
     /// Exact products by tensor cores however small they are, where ordinary arithmetic would be faster: to test them.
     pub tensor_cores: bool,
+    /// Products of 16-bit factors by Hopper's warpgroups. They have run on no GPU yet.
+    pub wgmma: bool,
     /// With an event around every launch, for [`Device::timings`](crate::Device::timings). Slower.
     pub profile: bool,
     /// Values of a workspace of the loss at most, instead of as many as are fast.
@@ -59,7 +61,7 @@ pub struct Settings {
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let products = (self.products != Products::default()).then(|| self.products.to_string());
-        let flags = [("tensor-cores", self.tensor_cores), ("profile", self.profile)];
+        let flags = [("tensor-cores", self.tensor_cores), ("wgmma", self.wgmma), ("profile", self.profile)];
         let flags = flags.into_iter().filter(|(_, set)| *set).map(|(name, _)| name.to_owned());
         let workspace = self.workspace.map(|values| format!("workspace={values}"));
         f.write_str(&products.into_iter().chain(flags).chain(workspace).collect::<Vec<_>>().join(","))
@@ -76,6 +78,8 @@ impl FromStr for Settings {
                 settings.products = *products;
             } else if name == "profile" {
                 settings.profile = true;
+            } else if name == "wgmma" {
+                settings.wgmma = true;
             } else if name == "tensor-cores" {
                 settings.tensor_cores = true;
             } else {
@@ -84,7 +88,7 @@ impl FromStr for Settings {
                     let names = Products::NAMES.map(|(name, _)| name).join(", ");
                     Error::setting(
                         "device",
-                        format!("`{name}` is none of: {names}, tensor-cores, profile, workspace=VALUES"),
+                        format!("`{name}` is none of: {names}, tensor-cores, wgmma, profile, workspace=VALUES"),
                     )
                 })?);
             }
@@ -105,7 +109,7 @@ mod tests {
 
     #[test]
     fn names_say_how_a_device_is_opened() {
-        for name in ["cuda:0", "cuda:3,plain", "cuda:1,bf16,profile,workspace=3000", "cuda:0,tensor-cores"] {
+        for name in ["cuda:0", "cuda:3,plain", "cuda:1,bf16,profile,workspace=3000", "cuda:0,f16,tensor-cores,wgmma"] {
             assert_eq!(Request::named(KIND, name).unwrap().unwrap().to_string(), name);
         }
         assert_eq!(Request::named(KIND, "cuda,exact").unwrap().unwrap().to_string(), "cuda:0");
