@@ -8,7 +8,7 @@
 //                            of 128 shares of the columns' coefficients
 //
 // `forward_halves` and `backward_halves` do the same by tensor cores, of embeddings in 16 bits (matmul.cu packs them,
-// their norms with them); `forward_exact` and `backward_exact` of two f16 for each value. Their G is in 16 bits, too,
+// their norms with them), `forward_hopper` and `backward_hopper` by Hopper's warpgroups; `forward_exact` and `backward_exact` of two f16 for each value. Their G is in 16 bits, too,
 // rows padded to a multiple of 8. As L is a log-sum-exp over all entries of a row, no exponential is above 1 and G is
 // at most what `largest_coefficients` finds, of rows and columns together; largest[256] receives its bits.
 //
@@ -23,13 +23,18 @@
 // Under cosine similarity no logit is above σ = exp(log_scale). If σ is at most BOUNDED then σ is a reference for every
 // row and column alike: one exponential serves both, and nothing is searched for a maximum.
 //
-// Launch: a block for each tile of the panel, in x; of `merge` a thread for each row, 256 a block; of
-// `largest_coefficients` 128 blocks in x, in y the two sides.
+// Launch: a block for each tile of the panel, in x; for Hopper as many as there are multiprocessors, or as there are
+// pairs of tiles beside each other, if they are fewer, with 214,080 bytes of dynamic shared memory, and
+// shared/hopper_tile.cuh says what the maps of all rows and all columns are; of `merge` a thread for each row, 256 a
+// block; of `largest_coefficients` 128 blocks in x, in y the two sides.
 
 #include "scales.cuh"
 #include "statistics.cuh"
 #include "tensor_tile.cuh"
 #include "vectors.cuh"
+#if defined(FORWARD_HOPPER) || defined(BACKWARD_HOPPER)
+#include "hopper_tile.cuh"
+#endif
 
 #ifdef MERGE
 
@@ -139,21 +144,20 @@ __device__ __forceinline__ void make_logits(Tile &tile, const Panel &panel, u32 
     if (!crosses && !panel.row_keys && row + TILE <= panel.rows && column + TILE <= panel.columns) {
         return;
     }
-    u32 column_keys[Tile::COLUMNS];
-#pragma unroll
-    for (int v = 0; v < Tile::COLUMNS; v++) {
-        u32 place = min(column + Tile::column(v), panel.columns - 1);
-        column_keys[v] = panel.row_keys ? __ldg(panel.column_keys + place) : 0;
-    }
+    u32 keys[Tile::ROWS];
 #pragma unroll
     for (int u = 0; u < Tile::ROWS; u++) {
-        u32 r = Tile::row(u);
-        u32 key = panel.row_keys ? __ldg(panel.row_keys + min(row + r, panel.rows - 1)) : 1;
+        keys[u] = panel.row_keys ? __ldg(panel.row_keys + min(row + Tile::row(u), panel.rows - 1)) : 1;
+    }
 #pragma unroll
-        for (int v = 0; v < Tile::COLUMNS; v++) {
-            u32 c = Tile::column(v);
+    for (int v = 0; v < Tile::COLUMNS; v++) {
+        u32 c = Tile::column(v);
+        u32 key = panel.row_keys ? __ldg(panel.column_keys + min(column + c, panel.columns - 1)) : 0;
+#pragma unroll
+        for (int u = 0; u < Tile::ROWS; u++) {
+            u32 r = Tile::row(u);
             bool outside = row + r >= panel.rows || column + c >= panel.columns;
-            bool left_out = key == column_keys[v] || (crosses && (i32)c - (i32)r == below);
+            bool left_out = key == keys[u] || (crosses && (i32)c - (i32)r == below);
             if (outside || left_out) {
                 tile.at(u, v) = NO_ENTRY;
             }
@@ -169,7 +173,7 @@ __device__ __forceinline__ u64 number_of_tile(u32 row, u32 column, u32 in_row, b
 
 // Where a thread's values of a kept tile are, four at a time.
 template <typename Tile> __device__ __forceinline__ float4 *kept_values(float *kept, u64 number) {
-    return (float4 *)(kept + number * (TILE * TILE)) + threadIdx.x;
+    return (float4 *)(kept + number * (TILE * TILE)) + Tile::thread();
 }
 
 template <typename Tile> __device__ __forceinline__ void keep(Tile &tile, float *kept, u64 number) {
@@ -211,22 +215,22 @@ template <typename Tile>
 constexpr int EXCHANGE = TILE * (Tile::WARPS_ACROSS > Tile::WARPS_DOWN ? Tile::WARPS_ACROSS : Tile::WARPS_DOWN);
 
 // Writes a quantity of the rows whose parts are in shared memory, and gives it to the thread of each.
-template <typename Operation, int PARTS>
+template <typename Operation, typename Tile, int PARTS>
 __device__ __forceinline__ float write_quantity(const Side &side, u32 plane, const float *parts) {
     float value = 0.0f;
-    if (threadIdx.x < TILE) {
-        value = combined<Operation, TILE, PARTS>(parts, threadIdx.x);
-        if (side.first + threadIdx.x < side.count) {
-            side.planes[(size_t)plane * side.count + side.first + threadIdx.x] = value;
+    if (Tile::thread() < TILE) {
+        value = combined<Operation, TILE, PARTS>(parts, Tile::thread());
+        if (side.first + Tile::thread() < side.count) {
+            (side.planes + (side.first + Tile::thread()))[(size_t)plane * side.count] = value;
         }
     }
     return value;
 }
 
 // Writes the references of rows whose sums are given, where they all have the same one.
-__device__ __forceinline__ void write_reference(const Side &side, float sum, float scale) {
-    if (threadIdx.x < TILE && side.first + threadIdx.x < side.count) {
-        side.planes[side.first + threadIdx.x] = sum == 0.0f ? NO_ENTRY : scale;
+template <typename Tile> __device__ __forceinline__ void write_reference(const Side &side, float sum, float scale) {
+    if (Tile::thread() < TILE && side.first + Tile::thread() < side.count) {
+        side.planes[side.first + Tile::thread()] = sum == 0.0f ? NO_ENTRY : scale;
     }
 }
 
@@ -269,14 +273,14 @@ bounded_statistics(Tile &tile, const Side &of_rows, const Side &of_columns, bool
         combine_columns<Add, TILE, Tile>(column_sums, shared + 2 * EXCHANGE<Tile>);
         combine_columns<Add, TILE, Tile>(column_along, shared + 3 * EXCHANGE<Tile>);
     }
-    __syncthreads();
-    float sum = write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 1, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 2, shared + EXCHANGE<Tile>);
-    write_reference(of_rows, sum, scale);
+    Tile::sync();
+    float sum = write_quantity<Add, Tile, Tile::WARPS_ACROSS>(of_rows, 1, shared);
+    write_quantity<Add, Tile, Tile::WARPS_ACROSS>(of_rows, 2, shared + EXCHANGE<Tile>);
+    write_reference<Tile>(of_rows, sum, scale);
     if (columns) {
-        sum = write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 1, shared + 2 * EXCHANGE<Tile>);
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 2, shared + 3 * EXCHANGE<Tile>);
-        write_reference(of_columns, sum, scale);
+        sum = write_quantity<Add, Tile, Tile::WARPS_DOWN>(of_columns, 1, shared + 2 * EXCHANGE<Tile>);
+        write_quantity<Add, Tile, Tile::WARPS_DOWN>(of_columns, 2, shared + 3 * EXCHANGE<Tile>);
+        write_reference<Tile>(of_columns, sum, scale);
     }
 }
 
@@ -292,7 +296,7 @@ __device__ __forceinline__ void unbounded_row_statistics(Tile &tile, const Side 
         }
     }
     combine_rows<Largest, TILE, Tile>(largest, shared);
-    __syncthreads();
+    Tile::sync();
     float sums[Tile::ROWS];
     float along[Tile::ROWS];
 #pragma unroll
@@ -310,10 +314,10 @@ __device__ __forceinline__ void unbounded_row_statistics(Tile &tile, const Side 
     }
     combine_rows<Add, TILE, Tile>(sums, shared + EXCHANGE<Tile>);
     combine_rows<Add, TILE, Tile>(along, shared + 2 * EXCHANGE<Tile>);
-    __syncthreads();
-    write_quantity<Largest, Tile::WARPS_ACROSS>(side, 0, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(side, 1, shared + EXCHANGE<Tile>);
-    write_quantity<Add, Tile::WARPS_ACROSS>(side, 2, shared + 2 * EXCHANGE<Tile>);
+    Tile::sync();
+    write_quantity<Largest, Tile, Tile::WARPS_ACROSS>(side, 0, shared);
+    write_quantity<Add, Tile, Tile::WARPS_ACROSS>(side, 1, shared + EXCHANGE<Tile>);
+    write_quantity<Add, Tile, Tile::WARPS_ACROSS>(side, 2, shared + 2 * EXCHANGE<Tile>);
 }
 
 template <typename Tile>
@@ -328,7 +332,7 @@ __device__ __forceinline__ void unbounded_column_statistics(Tile &tile, const Si
         }
     }
     combine_columns<Largest, TILE, Tile>(largest, shared);
-    __syncthreads();
+    Tile::sync();
     float sums[Tile::COLUMNS];
     float along[Tile::COLUMNS];
 #pragma unroll
@@ -346,10 +350,10 @@ __device__ __forceinline__ void unbounded_column_statistics(Tile &tile, const Si
     }
     combine_columns<Add, TILE, Tile>(sums, shared + EXCHANGE<Tile>);
     combine_columns<Add, TILE, Tile>(along, shared + 2 * EXCHANGE<Tile>);
-    __syncthreads();
-    write_quantity<Largest, Tile::WARPS_DOWN>(side, 0, shared);
-    write_quantity<Add, Tile::WARPS_DOWN>(side, 1, shared + EXCHANGE<Tile>);
-    write_quantity<Add, Tile::WARPS_DOWN>(side, 2, shared + 2 * EXCHANGE<Tile>);
+    Tile::sync();
+    write_quantity<Largest, Tile, Tile::WARPS_DOWN>(side, 0, shared);
+    write_quantity<Add, Tile, Tile::WARPS_DOWN>(side, 1, shared + EXCHANGE<Tile>);
+    write_quantity<Add, Tile, Tile::WARPS_DOWN>(side, 2, shared + 2 * EXCHANGE<Tile>);
 }
 
 // Σ z and the number of entries, of rows and columns.
@@ -384,12 +388,12 @@ sums_of_logits(Tile &tile, const Side &of_rows, const Side &of_columns, bool col
     combine_rows<Add, TILE, Tile>(row_entries, shared + EXCHANGE<Tile>);
     combine_columns<Add, TILE, Tile>(column_logits, shared + 2 * EXCHANGE<Tile>);
     combine_columns<Add, TILE, Tile>(column_entries, shared + 3 * EXCHANGE<Tile>);
-    __syncthreads();
-    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 3, shared);
-    write_quantity<Add, Tile::WARPS_ACROSS>(of_rows, 4, shared + EXCHANGE<Tile>);
+    Tile::sync();
+    write_quantity<Add, Tile, Tile::WARPS_ACROSS>(of_rows, 3, shared);
+    write_quantity<Add, Tile, Tile::WARPS_ACROSS>(of_rows, 4, shared + EXCHANGE<Tile>);
     if (columns) {
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 3, shared + 2 * EXCHANGE<Tile>);
-        write_quantity<Add, Tile::WARPS_DOWN>(of_columns, 4, shared + 3 * EXCHANGE<Tile>);
+        write_quantity<Add, Tile, Tile::WARPS_DOWN>(of_columns, 3, shared + 2 * EXCHANGE<Tile>);
+        write_quantity<Add, Tile, Tile::WARPS_DOWN>(of_columns, 4, shared + 3 * EXCHANGE<Tile>);
     }
 }
 
@@ -404,12 +408,12 @@ __device__ __forceinline__ void write_statistics(
     } else {
         unbounded_row_statistics(tile, of_rows, shared);
         if (columns) {
-            __syncthreads();
+            Tile::sync();
             unbounded_column_statistics(tile, of_columns, shared);
         }
     }
     if (quantities == STATISTICS) {
-        __syncthreads();
+        Tile::sync();
         sums_of_logits(tile, of_rows, of_columns, columns, shared);
     }
 }
@@ -548,7 +552,7 @@ __device__ __forceinline__ float2 factors_of(const u32 *largest_row, const u32 *
 
 #endif
 
-#if defined(FORWARD) || defined(FORWARD_HALVES) || defined(FORWARD_EXACT)
+#if defined(FORWARD_HOPPER) || defined(FORWARD) || defined(FORWARD_HALVES) || defined(FORWARD_EXACT)
 
 // What is made of a tile's logits in the forward pass.
 template <typename Tile>
@@ -739,7 +743,7 @@ extern "C" __global__ void __launch_bounds__(256) backward(
 }
 
 #endif
-#if defined(BACKWARD_HALVES) || defined(BACKWARD_EXACT)
+#if defined(BACKWARD_HOPPER) || defined(BACKWARD_HALVES) || defined(BACKWARD_EXACT)
 #if __CUDA_ARCH__ >= 800
 
 // What gradients are scaled with before they are rounded to f16: the parts of the bound of rows and of columns are put
@@ -782,7 +786,7 @@ write_packed(Tile &tile, u16 *output, u32 stride, u32 rows, u32 columns, float s
     auto at = [&](u32 row, u32 column) {
         return memory + (row * PIECES + (column / 8 ^ row % 8)) * 16 + column % 8 * 2;
     };
-    __syncthreads();
+    Tile::sync();
 #pragma unroll
     for (int u = 0; u < Tile::ROWS; u++) {
 #pragma unroll
@@ -802,9 +806,9 @@ write_packed(Tile &tile, u16 *output, u32 stride, u32 rows, u32 columns, float s
             }
         }
     }
-    __syncthreads();
+    Tile::sync();
 #pragma unroll
-    for (u32 i = threadIdx.x; i < TILE * PIECES; i += Tile::THREADS) {
+    for (u32 i = Tile::thread(); i < TILE * PIECES; i += Tile::THREADS) {
         u32 row = i / PIECES;
         u32 column = i % PIECES * 8;
         if (row < rows && column < columns) {
@@ -911,6 +915,191 @@ extern "C" __global__ void __launch_bounds__(256, 1) backward_exact(
                                 (char *)dynamic);
     write_gradients<true, F16>(tile, panel, place, low_gradients, gradient_stride, mirror != 0, to_halves,
                                (char *)dynamic);
+#endif
+}
+
+#endif
+#if defined(FORWARD_HOPPER) || defined(BACKWARD_HOPPER)
+
+#ifdef BF16
+#define FORMAT Bf16
+#else
+#define FORMAT F16
+#endif
+
+// Tiles of the two groups of a block, beside each other.
+typedef GroupTile<128, 128> Square;
+
+// Where a group's tile is, of the block's that has a place among those of 128 × 256.
+__device__ __forceinline__ Place
+place_of_square(const Panel &panel, uint2 block, u32 all_columns, bool gram, u32 kept_from) {
+    u32 across = 2 * block.y + Square::group();
+    u32 row = panel.first_row / TILE + block.x;
+    u32 column = panel.first_column / TILE + across;
+    u64 number = number_of_tile(row - kept_from, column, (all_columns + TILE - 1) / TILE, gram);
+    bool swept = (!gram || column >= row) && across * TILE < panel.columns;
+    return {block.x * TILE, across * TILE, swept, gram && column == row, number};
+}
+
+// Calls `visit` with the place of each of a block's tiles of which something is swept: those who copy and those who
+// multiply go through the same.
+template <typename Visit> __device__ __forceinline__ void for_squares(const Panel &panel, bool gram, Visit visit) {
+    u32 down = (panel.rows + Square::BLOCK_ROWS - 1) / Square::BLOCK_ROWS;
+    u32 across = (panel.columns + Square::BLOCK_COLUMNS - 1) / Square::BLOCK_COLUMNS;
+    for (u32 number = blockIdx.x; number < down * across; number += gridDim.x) {
+        uint2 block = place_of_hopper_tile(number, down, across);
+        u32 last_column = panel.first_column + block.y * Square::BLOCK_COLUMNS + Square::BLOCK_COLUMNS - 1;
+        if (!gram || last_column >= panel.first_row + block.x * Square::BLOCK_ROWS) {
+            visit(block);
+        }
+    }
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Asks for what a block multiplies.
+template <typename Ring>
+__device__ __forceinline__ void copy_squares(
+    Ring &ring, const CUtensorMap &row_map, const CUtensorMap &column_map, const Panel &panel, bool gram, u32 width
+) {
+    lower_registers<24>();
+    if (ring.copies()) {
+        for_squares(panel, gram, [&](uint2 block) {
+            u32 row = panel.first_row + block.x * Square::BLOCK_ROWS;
+            u32 column = panel.first_column + block.y * Square::BLOCK_COLUMNS;
+            ring.copy(row_map, column_map, row, column, 0, width);
+        });
+    }
+}
+#endif
+
+#endif
+#ifdef FORWARD_HOPPER
+
+extern "C" __global__ void __launch_bounds__(384, 1) forward_hopper(
+    const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap column_map,
+    OPTIONAL const u32 *__restrict__ largest_row, OPTIONAL const u32 *__restrict__ largest_column,
+    OPTIONAL const u32 *__restrict__ row_keys, OPTIONAL const u32 *__restrict__ column_keys,
+    const float *__restrict__ log_scale, float *__restrict__ partials, u32 rows, u32 columns, u32 first_row,
+    u32 first_column, u32 width, u32 all_columns, u32 has_diagonal, i32 diagonal, u32 gram, u32 cosines,
+    u32 kept_tiles, u32 kept_from, u32 of_columns, u32 column_partials, u32 quantities
+) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ float4 dynamic[];
+    Panel panel = panel_of(rows, columns, first_row, first_column, row_keys, column_keys, has_diagonal, diagonal);
+    HopperRing<FORMAT, true, true, Square, 4> ring;
+    ring.begin(dynamic, row_map, column_map);
+    if (ring.is_of_copies()) {
+        copy_squares(ring, row_map, column_map, panel, gram != 0, width);
+        return;
+    }
+    raise_registers<240>();
+    float scale = exponential(log_scale[0]);
+    float *exchange = (float *)ring.rest(dynamic) + Square::group() * 4 * EXCHANGE<Square>;
+    for_squares(panel, gram != 0, [&](uint2 block) {
+        Square tile;
+        ring.multiply(tile, (width + HOPPER_STEP - 1) / HOPPER_STEP);
+        Place place = place_of_square(panel, block, all_columns, gram != 0, kept_from);
+        if (!place.swept) {
+            return;
+        }
+        make_logits(tile, panel, place.row, place.column, factors_of<FORMAT>(largest_row, largest_column, scale));
+        finish_forward(
+            tile, panel, place, partials, nullptr, kept_tiles, of_columns != 0, column_partials, quantities,
+            cosines && scale <= BOUNDED, scale, exchange
+        );
+        Square::sync();
+    });
+#endif
+}
+
+#endif
+#ifdef BACKWARD_HOPPER
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// As make_gradients, of what rows and columns know in shared memory: found by one thread each, not by all who need it.
+__device__ __forceinline__ void make_staged_gradients(
+    Square &tile, const float *row_coefficients, const float *column_coefficients, const Panel &panel, u32 row,
+    u32 column, bool bounded, float scale, float4 *known
+) {
+    u32 thread = Square::thread();
+    Square::sync();
+    Known one = known_of(row_coefficients, panel.first_row + min(row + thread, panel.rows - 1), bounded, scale);
+    known[thread] = make_float4(one.exponent, one.weight, one.share, 0.0f);
+    one = known_of(column_coefficients, panel.first_column + min(column + thread, panel.columns - 1), bounded, scale);
+    known[TILE + thread] = make_float4(one.exponent, one.weight, one.share, 0.0f);
+    Square::sync();
+    float4 rows[Square::ROWS];
+#pragma unroll
+    for (int u = 0; u < Square::ROWS; u++) {
+        rows[u] = known[Square::row(u)];
+    }
+    if (bounded) {
+#pragma unroll
+        for (int v = 0; v < Square::COLUMNS; v++) {
+            float4 other = known[TILE + Square::column(v)];
+#pragma unroll
+            for (int u = 0; u < Square::ROWS; u++) {
+                float logit = tile.at(u, v);
+                float factor = rows[u].x + other.x;
+                float gradient = factor * exponential_of(logit - scale) - (rows[u].z + other.z);
+                tile.at(u, v) = logit == NO_ENTRY ? 0.0f : gradient;
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int v = 0; v < Square::COLUMNS; v++) {
+        float4 other = known[TILE + Square::column(v)];
+        Known of_column = {other.x, other.y, other.z};
+#pragma unroll
+        for (int u = 0; u < Square::ROWS; u++) {
+            float logit = tile.at(u, v);
+            Known of_row = {rows[u].x, rows[u].y, rows[u].z};
+            tile.at(u, v) = logit == NO_ENTRY ? 0.0f : gradient_of(logit, of_row) + gradient_of(logit, of_column);
+        }
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(384, 1) backward_hopper(
+    const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap column_map,
+    OPTIONAL const u32 *__restrict__ largest_row, OPTIONAL const u32 *__restrict__ largest_column,
+    OPTIONAL const u32 *__restrict__ row_keys, OPTIONAL const u32 *__restrict__ column_keys,
+    const float *__restrict__ log_scale, OPTIONAL const float *__restrict__ row_coefficients,
+    OPTIONAL const float *__restrict__ column_coefficients, OPTIONAL u32 *__restrict__ largest,
+    u16 *__restrict__ gradients, u32 rows, u32 columns, u32 first_row, u32 first_column, u32 width, u32 all_columns,
+    u32 has_diagonal, i32 diagonal, u32 gram, u32 cosines, u32 kept_tiles, u32 kept_from, u32 mirror,
+    u32 gradient_stride
+) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ float4 dynamic[];
+    Panel panel = panel_of(rows, columns, first_row, first_column, row_keys, column_keys, has_diagonal, diagonal);
+    HopperRing<FORMAT, true, true, Square, 3> ring;
+    ring.begin(dynamic, row_map, column_map);
+    float to_halves = FORMAT::SCALED ? scale_of_gradients<384>(largest) : 1.0f;
+    if (ring.is_of_copies()) {
+        copy_squares(ring, row_map, column_map, panel, gram != 0, width);
+        return;
+    }
+    raise_registers<240>();
+    float scale = exponential(log_scale[0]);
+    char *memory = ring.rest(dynamic) + Square::group() * (TILE * TILE * 2);
+    for_squares(panel, gram != 0, [&](uint2 block) {
+        Square tile;
+        ring.multiply(tile, (width + HOPPER_STEP - 1) / HOPPER_STEP);
+        Place place = place_of_square(panel, block, all_columns, gram != 0, kept_from);
+        if (!place.swept) {
+            return;
+        }
+        make_logits(tile, panel, place.row, place.column, factors_of<FORMAT>(largest_row, largest_column, scale));
+        make_staged_gradients(
+            tile, row_coefficients, column_coefficients, panel, place.row, place.column, cosines && scale <= BOUNDED,
+            scale, (float4 *)memory
+        );
+        write_gradients<false, FORMAT>(
+            tile, panel, place, gradients, gradient_stride, mirror != 0, to_halves, memory
+        );
+    });
 #endif
 }
 

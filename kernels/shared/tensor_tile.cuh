@@ -146,6 +146,14 @@ template <int SIDE, bool EXACT, typename Format> struct TensorTile {
         return values[u / 2][v / 2][u % 2 * 2 + v % 2];
     }
 
+    __device__ __forceinline__ static u32 thread() {
+        return threadIdx.x;
+    }
+
+    __device__ __forceinline__ static void sync() {
+        __syncthreads();
+    }
+
     __device__ __forceinline__ static u32 warp_across() {
         return threadIdx.x / 32 % WARPS_ACROSS;
     }

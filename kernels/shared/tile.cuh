@@ -73,6 +73,14 @@ template <int SIDE> struct PlainTile {
         return values[u][v];
     }
 
+    __device__ __forceinline__ static u32 thread() {
+        return threadIdx.x;
+    }
+
+    __device__ __forceinline__ static void sync() {
+        __syncthreads();
+    }
+
     __device__ __forceinline__ static u32 warp_across() {
         return threadIdx.x / 32 % WARPS_ACROSS;
     }

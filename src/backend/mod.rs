@@ -550,8 +550,8 @@ mod tests {
         for device in &available {
             assert_eq!(device.name().parse::<Device>().unwrap(), *device);
         }
-        let error = "cuda:3".parse::<Device>().unwrap_err().to_string();
+        let error = "tpu:3".parse::<Device>().unwrap_err().to_string();
         let names: Vec<String> = available.iter().map(Device::name).collect();
-        assert_eq!(error, format!("there is no device `cuda:3` here; available: {}", names.join(", ")));
+        assert_eq!(error, format!("there is no device `tpu:3` here; available: {}", names.join(", ")));
     }
 }

@@ -63,7 +63,8 @@ What the numbers mean:
   MB        what one computation allocates at most at a time, beyond embeddings and gradients
   naive     total and MB of the naive method; none where its matrices would take over 2 GiB,
             or one of them more than the device binds at a time
-  error     largest relative error of the loss and of each gradient; above 1e-3 it is a failure
+  error     largest relative error of the loss and of each gradient; above 1e-3 it is a failure, unless
+             the device rounds factors of products to 16 bits
 
 What was timed is checked: up to N = 512 (less where d is over 512) against the definition in double precision, else \
 against the naive method. Where that is left out the first pairs alone are computed again and checked (sub-batch). \

@@ -132,7 +132,7 @@ struct Settings {
     int driver_version = 12080;
     int devices = 1;
     u64 memory = 16ull << 30;
-    bool guards = false, keep = false;
+    bool guards = false, races = false, keep = false;
     u64 seed = 1;
     unsigned workers = 1;
     long long failing_launch = 0, failing_allocation = 0;
@@ -151,11 +151,12 @@ struct Settings {
         devices = (int)number_of("NEARFAR_EMULATED_DEVICES", devices);
         memory = (u64)number_of("NEARFAR_EMULATED_MEMORY", (long long)memory);
         guards = number_of("NEARFAR_EMULATED_GUARDS", 0) != 0;
+        races = number_of("NEARFAR_EMULATED_RACES", 0) != 0;
         keep = number_of("NEARFAR_EMULATED_KEEP", 0) != 0;
         seed = (u64)number_of("NEARFAR_EMULATED_SEED", 1);
         unsigned cores = std::thread::hardware_concurrency();
         workers = (unsigned)number_of("NEARFAR_EMULATED_WORKERS", cores ? cores : 1);
-        if (workers < 1) workers = 1;
+        if (workers < 1 || races) workers = 1;
         if (const char *text = getenv("NEARFAR_EMULATED_FAILURE")) {
             if (!strncmp(text, "launch:", 7)) failing_launch = atoll(text + 7);
             if (!strncmp(text, "allocation:", 11)) failing_allocation = atoll(text + 11);
@@ -223,6 +224,24 @@ static u64 memory_used = 0, allocations_made = 0;
 static const size_t PAGE = 4096;
 static const size_t FILL_LIMIT = 256 << 20; // larger memory is not filled, as that would make all of it resident
 
+// Where races are looked for, all memory of the device lies in one range of addresses, none of which is used twice, and
+// what is known of its words in another.
+static const u64 ARENA = 1ull << 40;
+static char *arena = nullptr, *arena_next = nullptr, *arena_shadow = nullptr;
+
+static bool make_arena(u64 shadow) {
+    if (arena) return true;
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *memory = mmap(nullptr, ARENA, PROT_NONE, flags, -1, 0);
+    void *about = mmap(nullptr, ARENA * shadow, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (memory == MAP_FAILED || about == MAP_FAILED) return false;
+    arena = arena_next = (char *)memory;
+    arena_shadow = (char *)about;
+    return true;
+}
+
+static const u64 SHADOW = 10; // bytes of what is known of a byte, see Cell
+
 // The allocation that the address lies in, if any. The caller holds the mutex.
 static std::map<uintptr_t, Allocation>::iterator allocation_of(uintptr_t address) {
     auto next = allocations.upper_bound(address);
@@ -242,8 +261,15 @@ static Result allocate(void **result, size_t size, bool host) {
         if (size > settings().memory || memory_used + size > settings().memory) return OUT_OF_MEMORY;
     }
     size_t inner = (size + PAGE - 1) / PAGE * PAGE, mapped = inner + 2 * PAGE;
-    char *mapping = (char *)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED) return OUT_OF_MEMORY;
+    char *mapping;
+    if (settings().races && !host) {
+        if (!make_arena(SHADOW) || mapped > (size_t)(arena + ARENA - arena_next)) return OUT_OF_MEMORY;
+        mapping = arena_next;
+        arena_next += mapped;
+    } else {
+        mapping = (char *)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapping == MAP_FAILED) return OUT_OF_MEMORY;
+    }
     if (mprotect(mapping + PAGE, inner, PROT_READ | PROT_WRITE)) {
         munmap(mapping, mapped);
         return OUT_OF_MEMORY;
@@ -278,7 +304,14 @@ static Result release(uintptr_t address, bool host) {
         }
     }
     allocations.erase(found);
-    munmap(allocation.mapping, allocation.mapped);
+    if (settings().races && !host) {
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+        mmap(allocation.mapping, allocation.mapped, PROT_NONE, flags, -1, 0);
+        u64 from = (u64)(allocation.mapping - arena) * SHADOW;
+        madvise(arena_shadow + from, allocation.mapped * SHADOW, MADV_DONTNEED);
+    } else {
+        munmap(allocation.mapping, allocation.mapped);
+    }
     if (!host) memory_used -= allocation.size;
     return SUCCESS;
 }
@@ -302,6 +335,7 @@ struct Module {
     struct Instance {
         void *handle = nullptr;
         const emulation::Module *module = nullptr;
+        char *base = nullptr;
     };
     std::vector<Instance> instances;
     std::map<std::string, std::unique_ptr<Function>> functions;
@@ -363,6 +397,8 @@ const Module::Instance *Module::instance(unsigned worker, std::string *error) {
     }
     instance.handle = handle;
     instance.module = module;
+    Dl_info info;
+    if (dladdr(module, &info)) instance.base = (char *)info.dli_fbase;
     return &instance;
 }
 
@@ -494,6 +530,7 @@ emulation_begin:
 
 static const size_t STACK = 64 << 10; // of a fiber, with the page below it that guards it
 static const unsigned MAX_THREADS = 1024;
+static const size_t DYNAMIC = 256 << 10; // shared memory of a worker
 
 struct Worker;
 struct Lane;
@@ -510,7 +547,7 @@ struct Copy {
     void *shared;
     const void *global;
     bool valid;
-    unsigned group;
+    unsigned group, line;
 };
 
 enum State : unsigned char { READY, AT_BARRIER, AT_WARP, ENDED };
@@ -534,6 +571,7 @@ struct Warp {
     // An operation of all lanes: how many lanes have arrived, of how many that have not ended, and what they bring, in
     // one of two places in turn, as a lane may bring the next before another has read this one.
     unsigned arrived, alive, operations, line;
+    unsigned syncs; // __syncwarp of all lanes
     emulation::Kind kind;
     unsigned bits[2];
     u64 values[2][32];
@@ -547,6 +585,7 @@ struct Worker : Block {
     const Launch *launch = nullptr;
     const emulation::Kernel *kernel = nullptr;
     const emulation::Module *module = nullptr;
+    const char *base = nullptr;    // of the module
     void *stack_pointer = nullptr; // of the worker itself while fibers run
     Lane *current = nullptr;
     unsigned count = 0, warp_count = 0; // threads and warps of a block
@@ -555,6 +594,7 @@ struct Worker : Block {
     unsigned arrived = 0, arrived_line = 0, predicates = 0;
     unsigned barrier_results[2] = {0, 0}; // of the last barrier and of the one before, by the number of the barrier
     unsigned barriers = 0;
+    u32 serial = 0, first_serial = 1; // of the block, and of the first of its launch
     u64 random = 0;
     unsigned ready_count = 0;
     Lane *ready[MAX_THREADS];
@@ -606,6 +646,27 @@ static void fatal(const char *format, ...) {
     dprintf(2, "emulated GPU: %s\n", text);
     describe_thread();
     abort();
+}
+
+// Tells which line of the kernel a place of its module is of, where it was compiled to know.
+static void describe_place(size_t place) {
+    const std::string &image = present_worker->launch->function->module->image;
+    std::string path = temporary_folder() + "/nearfar-fault-XXXXXX";
+    int file = mkstemp(&path[0]);
+    if (file < 0) return;
+    bool written = write(file, image.data(), image.size()) == (ssize_t)image.size();
+    close(file);
+    char offset[32];
+    snprintf(offset, sizeof(offset), "0x%zx", place);
+    pid_t process = written ? fork() : -1;
+    if (process == 0) {
+        dup2(2, 1);
+        unsetenv("LD_LIBRARY_PATH");
+        execlp("addr2line", "addr2line", "-e", path.c_str(), "-C", "-f", "-i", "-p", "-s", offset, (char *)nullptr);
+        _exit(1);
+    }
+    if (process > 0) waitpid(process, nullptr, 0);
+    unlink(path.c_str());
 }
 
 static inline Worker *worker_of(Thread *thread) { return static_cast<Worker *>(thread->block); }
@@ -793,8 +854,10 @@ void Worker::run(const Launch *of, u64 block) {
     for (unsigned i = 0; i < warp_count; i++) {
         warps[i].waiting = warps[i].ended = warps[i].arrived = warps[i].bits[0] = warps[i].bits[1] = 0;
         warps[i].alive = (unsigned)__builtin_popcount(warps[i].present);
+        warps[i].syncs = 0;
     }
     ended = arrived = predicates = barriers = 0;
+    serial++;
     random = mixed(settings().seed + of->number) + block * 0x9e3779b97f4a7c15ull;
     fill();
     Lane *first = next();
@@ -924,6 +987,8 @@ static void multiply_warp(Lane *lanes, emulation::Kind kind) {
     }
 }
 
+static void access_in_line(Lane *lane, const void *address, size_t size, bool write, unsigned line);
+
 static bool in_shared(Worker *worker, const void *address, size_t size) {
     const char *p = (const char *)address;
     if (p >= worker->module->shared && p + size <= worker->module->shared_end) return true;
@@ -939,6 +1004,7 @@ static void load_matrices(Worker *worker, Lane *lanes, bool transposed) {
         if (!in_shared(worker, row, 16)) {
             fatal("ldmatrix in line %u: lane %d's row does not lie in shared memory", lanes[lane].line, lane);
         }
+        access_in_line(lanes + lane, row, 16, false, lanes[lane].line);
         memcpy(matrices[lane / 8][lane % 8], row, 16);
     }
     for (int lane = 0; lane < 32; lane++) {
@@ -984,6 +1050,7 @@ static void complete_whole(Worker *worker, Warp &warp, unsigned number, Lane *co
     }
     warp.arrived = 0;
     warp.operations++;
+    warp.syncs += warp.kind == emulation::SYNC;
     // All have read what was brought to the operation before.
     warp.bits[warp.operations & 1] = 0;
     for (unsigned rest = warp.ended; rest; rest &= rest - 1) {
@@ -1109,6 +1176,128 @@ static void whole_warp(Thread *thread, Call *call) {
     lane->call = nullptr;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Races: two threads access a word, at least one of them writes, and nothing orders them. Threads of a block are
+// ordered by its barriers, lanes of a warp by __syncwarp, threads of two blocks by nothing within a launch.
+
+struct Access {
+    u32 serial; // of the block
+    u32 barrier, sync;
+    u32 place; // in the module, or a line with the highest bit set
+    uint16_t thread;
+    unsigned char mask; // the bytes of the word
+    unsigned char many; // reads: of several lanes (1), warps (2), blocks (4) since
+};
+
+struct Cell {
+    Access write, read; // the last
+};
+
+static_assert(sizeof(Cell) == 4 * SHADOW, "a word has one cell");
+
+static Cell shared_cells[(48 << 10) / 4 + DYNAMIC / 4];
+
+static void describe_access(const Access &access, const char *what) {
+    dprintf(2, "  thread %u %s: ", access.thread, what);
+    if (access.place >> 31) {
+        dprintf(2, "line %u\n", access.place & 0x7fffffff);
+    } else {
+        describe_place(access.place);
+    }
+}
+
+static void report_race(const Access &before, const char *did, const Access &now, const char *does, bool shared) {
+    dprintf(2, "emulated GPU: a race for a word of %s memory, between %s:\n", shared ? "shared" : "global",
+            before.serial == now.serial ? "threads of one block" : "two blocks");
+    describe_access(before, did);
+    describe_access(now, does);
+    describe_thread();
+    abort();
+}
+
+static inline bool races(u32 first, const Access &before, const Access &now) {
+    if (before.serial < first || !(before.mask & now.mask)) return false;
+    if (before.serial != now.serial || before.many & 4) return true;
+    if (before.barrier != now.barrier) return false;
+    if (before.thread / 32 != now.thread / 32 || before.many & 2) return true;
+    return before.sync == now.sync && (before.thread != now.thread || before.many & 1);
+}
+
+static void access_word(Worker *worker, Cell &cell, const Access &now, bool write, bool shared) {
+    u32 first = shared ? worker->serial : worker->first_serial; // what was before is forgotten
+    if (races(first, cell.write, now)) {
+        report_race(cell.write, "wrote", now, write ? "writes" : "reads", shared);
+    }
+    if (write) {
+        if (races(first, cell.read, now)) report_race(cell.read, "read", now, "writes", shared);
+        cell.write = now;
+        return;
+    }
+    Access &read = cell.read;
+    unsigned char many = 0, mask = now.mask;
+    if (read.serial >= first) {
+        many = read.many & 4;
+        if (read.serial != now.serial) {
+            many |= 4;
+        } else if (read.barrier == now.barrier) {
+            many |= read.many & 2;
+            if (read.thread / 32 != now.thread / 32) {
+                many |= 2;
+            } else if (read.sync == now.sync) {
+                many |= read.many & 1;
+                if (read.thread != now.thread) many |= 1;
+            }
+        }
+        mask |= many ? read.mask : 0;
+    }
+    read = now;
+    read.many = many;
+    read.mask = mask;
+}
+
+static void access_memory(Lane *lane, uintptr_t address, size_t size, bool write, u32 place) {
+    Worker *worker = worker_of(lane);
+    Cell *cells;
+    uintptr_t start;
+    bool shared = true;
+    uintptr_t variables = (uintptr_t)worker->module->shared, dynamic = (uintptr_t)worker->dynamic;
+    if (address - (uintptr_t)arena < ARENA && arena) {
+        cells = (Cell *)arena_shadow;
+        start = (uintptr_t)arena;
+        shared = false;
+    } else if (address - variables < (uintptr_t)(worker->module->shared_end - worker->module->shared)) {
+        cells = shared_cells;
+        start = variables & ~(uintptr_t)3;
+    } else if (address - dynamic < worker->dynamic_size) {
+        cells = shared_cells + (48 << 10) / 4;
+        start = dynamic;
+    } else {
+        return;
+    }
+    Access now = {worker->serial, worker->barriers, worker->warps[lane->warp].syncs, place,
+                  (uint16_t)(lane - worker->lanes), 0, 0};
+    for (uintptr_t at = address, end = address + size; at < end;) {
+        uintptr_t next = (at | 3) + 1 < end ? (at | 3) + 1 : end;
+        now.mask = (unsigned char)(((1u << (next - at)) - 1) << (at & 3));
+        access_word(worker, cells[(at - start) / 4], now, write, shared);
+        at = next;
+    }
+}
+
+static void access(Thread *thread, const void *address, unsigned long size, bool write, const void *caller) {
+    Worker *worker = worker_of(thread);
+    // Before the call that returns to there.
+    u32 place = (u32)((const char *)caller - worker->base - 1);
+    access_memory(static_cast<Lane *>(thread), (uintptr_t)address, size, write, place);
+}
+
+static void access_in_line(Lane *lane, const void *address, size_t size, bool write, unsigned line) {
+    if (settings().races) access_memory(lane, (uintptr_t)address, size, write, line | 1u << 31);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Asynchronous copies
+
 // A copy is done at once or at the wait for its group, by chance: either may be on a GPU.
 static void begin_copy(Thread *thread, void *shared, const void *global, bool valid, unsigned line) {
     Lane *lane = static_cast<Lane *>(thread);
@@ -1117,7 +1306,9 @@ static void begin_copy(Thread *thread, void *shared, const void *global, bool va
         fatal("cp_async_16 in line %u: an address is misaligned", line);
     }
     if (!in_shared(worker, shared, 16)) fatal("cp_async_16 in line %u: the target does not lie in shared memory", line);
-    Copy copy = {shared, global, valid, lane->groups};
+    Copy copy = {shared, global, valid, lane->groups, line};
+    access_in_line(lane, shared, 16, true, line);
+    if (valid) access_in_line(lane, global, 16, false, line);
     if (mixed(worker->random ^ ((u64)lane->copies_begun++ << 32 | (unsigned)(lane - worker->lanes))) & 1) {
         perform(copy);
     } else {
@@ -1133,6 +1324,7 @@ static void wait_copies(Thread *thread, unsigned groups) {
     for (const Copy &copy : lane->copies) {
         if (copy.group + groups < lane->groups) {
             perform(copy);
+            access_in_line(lane, copy.shared, 16, true, copy.line);
         } else {
             lane->copies[kept++] = copy;
         }
@@ -1144,6 +1336,7 @@ static void trap(Thread *, const char *message, unsigned line) { fatal("line %u:
 
 static const Runtime runtime = {
     barrier, sync_warp, shuffle, vote, whole_warp, begin_copy, commit_copies, wait_copies, trap,
+    access,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1151,7 +1344,6 @@ static const Runtime runtime = {
 
 static struct sigaction old_actions[32];
 
-// Tells which line of the kernel an instruction is of, where it was compiled to know (with the guards).
 static void describe_instruction(void *context) {
     ucontext_t *state = (ucontext_t *)context;
 #if defined(__x86_64__)
@@ -1161,22 +1353,9 @@ static void describe_instruction(void *context) {
 #endif
     Dl_info info;
     if (!settings().guards || !dladdr((void *)instruction, &info)) return;
-    if (!info.dli_fname || !strstr(info.dli_fname, "nearfar-module-")) return;
-    const std::string &image = present_worker->launch->function->module->image;
-    char path[] = "/tmp/nearfar-fault-XXXXXX", offset[32];
-    int file = mkstemp(path);
-    if (file < 0) return;
-    if (write(file, image.data(), image.size()) != (ssize_t)image.size()) return;
-    snprintf(offset, sizeof(offset), "0x%zx", (size_t)(instruction - (uintptr_t)info.dli_fbase));
-    pid_t process = fork();
-    if (process == 0) {
-        dup2(2, 1);
-        unsetenv("LD_LIBRARY_PATH");
-        execlp("addr2line", "addr2line", "-e", path, "-f", "-i", "-p", "-s", offset, (char *)nullptr);
-        _exit(1);
+    if (info.dli_fname && strstr(info.dli_fname, "nearfar-module-")) {
+        describe_place(instruction - (uintptr_t)info.dli_fbase);
     }
-    waitpid(process, nullptr, 0);
-    unlink(path);
 }
 
 static void on_fault(int signal, siginfo_t *info, void *context) {
@@ -1256,8 +1435,6 @@ static u64 pool_number = 0;
 static unsigned pool_active = 0;
 static bool pool_started = false;
 
-static const size_t DYNAMIC = 256 << 10;
-
 static bool prepare(Worker *worker, const Launch *launch, std::string *error) {
     Function *function = launch->function;
     const Module::Instance *instance = function->module->instance(worker->number, error);
@@ -1267,8 +1444,10 @@ static bool prepare(Worker *worker, const Launch *launch, std::string *error) {
     if (!kernel) kernel = (const emulation::Kernel *)dlsym(instance->handle, (function->name + "__kernel").c_str());
     worker->kernel = kernel;
     worker->module = instance->module;
+    worker->base = instance->base;
     *instance->module->runtime = &runtime;
     worker->launch = launch;
+    worker->first_serial = worker->serial + 1;
     worker->grid = launch->grid;
     worker->threads = launch->threads;
     if (memcmp(&worker->shape, &launch->threads, sizeof(uint3))) {
@@ -2442,7 +2621,8 @@ EXPORT Result cuModuleLoadData(Module **result, const void *image) {
         return INVALID_IMAGE;
     }
     // Of another version of the emulation, or compiled without the checks that are asked for now, or with them.
-    if (instance->module->version != EMULATION_VERSION * 2 + settings().guards) return NO_BINARY_FOR_GPU;
+    unsigned long version = EMULATION_VERSION * 4 + settings().races * 2 + settings().guards;
+    if (instance->module->version != version) return NO_BINARY_FOR_GPU;
     if (!runs_here(instance->module->architecture)) return NO_BINARY_FOR_GPU;
     *result = module.release();
     std::lock_guard<std::mutex> lock(modules_mutex);

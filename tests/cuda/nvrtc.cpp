@@ -179,6 +179,21 @@ static size_t after_parenthesis(const std::string &text, size_t at) {
     return std::string::npos;
 }
 
+// Whether the text includes a header, by way of others if need be.
+static bool includes(
+    const std::string &text, const std::string &wanted, const std::map<std::string, std::string> &files, int depth = 0
+) {
+    for (size_t at = text.find("#include \""); at != std::string::npos; at = text.find("#include \"", at + 1)) {
+        size_t from = at + 10, end = text.find('"', from);
+        if (end == std::string::npos) break;
+        std::string name = text.substr(from, end - from);
+        if (name == wanted) return true;
+        auto found = files.find(name);
+        if (found != files.end() && depth < 20 && includes(found->second, wanted, files, depth + 1)) return true;
+    }
+    return false;
+}
+
 static std::string on_one_line(std::string text) {
     for (char &c : text) {
         if (c == '\n') c = ' ';
@@ -229,6 +244,8 @@ static std::string rewritten(const std::string &source) {
 
     for (size_t at = find_word(code, "__global__", 0); at != std::string::npos;
          at = find_word(code, "__global__", at + 1)) {
+        size_t line = code.rfind('\n', at);
+        if (code[skip_blanks(code, line == std::string::npos ? 0 : line)] == '#') continue; // of a macro's definition
         size_t from = at;
         size_t linkage = code.rfind("extern", at);
         if (linkage != std::string::npos && code.find_first_of(";{}", linkage) > at) from = linkage;
@@ -423,7 +440,8 @@ EXPORT Result nvrtcCompileProgram(Program *program, int count, const char *const
     files["emulation device.h"] = device;
     std::string number = std::to_string(atoi(architecture.c_str()));
     bool checks = atoi(environment("NEARFAR_EMULATED_GUARDS", "0").c_str()) != 0;
-    std::string version = std::to_string(EMULATION_VERSION * 2 + checks);
+    bool races = atoi(environment("NEARFAR_EMULATED_RACES", "0").c_str()) != 0;
+    std::string version = std::to_string(EMULATION_VERSION * 4 + races * 2 + checks);
     files["emulation program.cpp"] = "#include \"emulation device.h\"\nEMULATION_MODULE(" + version + "ul, \"" +
                                      (real ? "" : "p") + architecture + "\")\n#line 1 \"" + program->name + "\"\n" +
                                      rewritten(program->source) + "\n";
@@ -448,6 +466,14 @@ EXPORT Result nvrtcCompileProgram(Program *program, int count, const char *const
         // A check that fails ends the process with an illegal instruction, of which the driver tells.
         arguments.push_back("-fsanitize=bounds,alignment,integer-divide-by-zero");
         arguments.push_back("-fsanitize-undefined-trap-on-error");
+    }
+    // How the instructions of Hopper order accesses is not known to what looks for races.
+    if (races && !includes(program->source, "hopper.cuh", files)) {
+        arguments.push_back("-DEMULATION_RACES=1");
+        arguments.push_back("-fsanitize=thread");
+        arguments.push_back("-nodefaultlibs");
+    }
+    if (checks || races) {
         arguments.push_back("-g1");
         arguments.push_back("-gdwarf-4");
     }

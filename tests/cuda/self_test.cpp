@@ -652,6 +652,89 @@ static void test_many() {
     }
 }
 
+static void test_allocations() {
+    setenv("NEARFAR_EMULATED_FAILURE", "allocation:2", 1);
+    open_device();
+    u64 a = 0, b = 0;
+    EXPECT(cu("cuMemAlloc_v2", &a, (size_t)16) == 0);
+    EXPECT(cu("cuMemAlloc_v2", &b, (size_t)16) == 2);
+    EXPECT(cu("cuMemAlloc_v2", &b, (size_t)16) == 0);
+    void *host = nullptr;
+    EXPECT(cu("cuMemHostAlloc", &host, (size_t)100, 0u) == 0);
+    unsigned kind = 0;
+    EXPECT(cu("cuPointerGetAttribute", (void *)&kind, 2, (u64)host) == 0 && kind == 1);
+    EXPECT(cu("cuPointerGetAttribute", (void *)&kind, 2, a + 5) == 0 && kind == 2);
+    EXPECT(cu("cuPointerGetAttribute", (void *)&kind, 2, (u64)&kind) == 1);
+    EXPECT(cu("cuMemFreeHost", host) == 0);
+}
+
+// Several threads of the host compile, load and launch at once.
+static void test_threads() {
+    open_device();
+    void *context = nullptr;
+    EXPECT(cu("cuCtxGetCurrent", &context) == 0);
+    std::vector<std::thread> threads;
+    std::vector<int> right(6);
+    for (int t = 0; t < 6; t++) {
+        threads.emplace_back([t, context, &right] {
+            EXPECT(cu("cuCtxSetCurrent", context) == 0);
+            std::string number = "-DNUMBER=" + std::to_string(t);
+            void *f = kernel("extern \"C\" __global__ void add(unsigned *p, unsigned n) { __shared__ unsigned a[256];\n"
+                             "a[threadIdx.x] = n; __syncthreads();\n"
+                             "p[blockIdx.x * 256 + threadIdx.x] += NUMBER + a[255 - threadIdx.x]; }",
+                             "add", {number.c_str()});
+            void *stream = nullptr;
+            EXPECT(cu("cuStreamCreate", &stream, 1u) == 0);
+            Buffer<u32> buffer(256 * 20);
+            EXPECT(cu("cuMemsetD32Async", buffer.address, 0u, (size_t)256 * 20, stream) == 0);
+            u32 sum = 0;
+            for (u32 i = 0; i < 100; i++) {
+                EXPECT(launch(f, 20, 256, 0, stream, buffer.address, i) == 0);
+                sum += (u32)t + i;
+            }
+            bool same = true;
+            for (u32 value : buffer.read()) same &= value == sum;
+            right[(size_t)t] = same;
+        });
+    }
+    for (std::thread &thread : threads) thread.join();
+    for (int same : right) EXPECT(same);
+}
+
+static void test_clusters() {
+    open_device();
+    void *f = kernel("extern \"C\" __global__ void k(unsigned *p) { p[blockIdx.x] = gridDim.x; }", "k");
+    struct Attribute {
+        u32 id, pad;
+        u32 value[16];
+    } attribute = {4, 0, {2, 1, 1}};
+    struct Configuration {
+        u32 grid[3], threads[3], dynamic;
+        void *stream;
+        Attribute *attributes;
+        u32 count;
+    } configuration = {{6, 1, 1}, {1, 1, 1}, 0, nullptr, &attribute, 1};
+    Buffer<u32> buffer(6);
+    void *arguments[] = {&buffer.address};
+    EXPECT(cu("cuLaunchKernelEx", (const void *)&configuration, f, (void **)arguments, (void **)nullptr) == 0);
+    EXPECT(buffer.read()[5] == 6);
+    configuration.grid[0] = 5;
+    EXPECT(cu("cuLaunchKernelEx", (const void *)&configuration, f, (void **)arguments, (void **)nullptr) == 1);
+
+    struct alignas(64) Map {
+        u64 words[16];
+    } map;
+    u64 dimensions[] = {100, 50}, strides[] = {208}, wrong[] = {200};
+    u32 box[] = {64, 32}, steps[] = {1, 1}, wide[] = {128, 32};
+    auto encode = [&](const u64 *stride, const u32 *size) {
+        return cu("cuTensorMapEncodeTiled", (void *)&map, 9, 2u, (void *)buffer.address, (const u64 *)dimensions,
+                  stride, size, (const u32 *)steps, 0, 3, 0, 0);
+    };
+    EXPECT(encode(strides, box) == 0);
+    EXPECT(encode(wrong, box) == 1);
+    EXPECT(encode(strides, wide) == 1); // 256 bytes are more than the 128 of the swizzle
+}
+
 // Tests that are to end in a message.
 
 static void die_deadlock() {
@@ -718,6 +801,65 @@ static void die_written() {
     launch(f, 1, 1, 0, nullptr, buffer.address);
 }
 
+// Races
+
+static void test_no_races() {
+    setenv("NEARFAR_EMULATED_RACES", "1", 1);
+    test_shuffles();
+    test_mma();
+    test_many();
+    EXPECT(sums_are_right(true));
+    EXPECT(copies_are_right({}));
+    void *f = kernel(R"(
+        extern "C" __global__ void warps(float *output) {
+            __shared__ float a[256];
+            unsigned i = threadIdx.x;
+            for (unsigned round = 0; round < 3; round++) {
+                a[i] = (float)i;
+                __syncwarp();
+                float x = a[i ^ 3];
+                __syncwarp();
+                output[blockIdx.x * 256 + i] = x;
+            }
+        }
+    )", "warps");
+    Buffer<float> output(1024);
+    for (int i = 0; i < 3; i++) EXPECT(launch(f, 4, 256, 0, nullptr, output.address) == 0);
+    Buffer<u16> halves(64);
+    f = kernel("extern \"C\" __global__ void h(unsigned short *p) { p[threadIdx.x * 2 + blockIdx.x] = 1; }", "h");
+    EXPECT(launch(f, 2, 32, 0, nullptr, halves.address) == 0);
+}
+
+static void die_race() {
+    setenv("NEARFAR_EMULATED_RACES", "1", 1);
+    open_device();
+    sums_are_right(false);
+}
+
+static void die_race_copies() {
+    setenv("NEARFAR_EMULATED_RACES", "1", 1);
+    open_device();
+    copies_are_right({"-DNO_BARRIER"});
+}
+
+static void die_race_lanes() {
+    setenv("NEARFAR_EMULATED_RACES", "1", 1);
+    open_device();
+    void *f = kernel("extern \"C\" __global__ void lanes(float *p) {\n__shared__ float a[32];\n"
+                     "a[threadIdx.x] = 1.0f;\n__any_sync(~0u, 1);\np[threadIdx.x] = a[31 - threadIdx.x];\n}", "lanes");
+    Buffer<float> buffer(32);
+    launch(f, 1, 32, 0, nullptr, buffer.address);
+}
+
+static void die_race_blocks() {
+    setenv("NEARFAR_EMULATED_RACES", "1", 1);
+    open_device();
+    void *f = kernel("extern \"C\" __global__ void blocks(float *p) {\np[blockIdx.x] = p[blockIdx.x + 1];\n}",
+                     "blocks");
+    Buffer<float> buffer(32);
+    launch(f, 4, 1, 0, nullptr, buffer.address);
+}
+
 struct Test {
     const char *name;
     void (*run)();
@@ -739,6 +881,9 @@ static const Test TESTS[] = {
     {"no_device", test_no_device, nullptr},
     {"architecture", test_architecture, nullptr},
     {"many", test_many, nullptr},
+    {"allocations", test_allocations, nullptr},
+    {"threads", test_threads, nullptr},
+    {"clusters", test_clusters, nullptr},
     {"deadlock", die_deadlock, "57 threads wait at the block's barrier in line 3"},
     {"barriers", die_barriers, "barriers of different lines"},
     {"warp", die_warp, "lanes of one warp wait at different operations"},
@@ -746,6 +891,11 @@ static const Test TESTS[] = {
     {"fault", die_fault, "after the end of an allocation of 256 bytes"},
     {"bounds", die_bounds, "kernel outside, block (0, 0, 0) of (1, 1, 1), thread (0, 0, 0)"},
     {"stack", die_stack, "the stack of a thread is full"},
+    {"no_races", test_no_races, nullptr},
+    {"race", die_race, "a race for a word of shared memory, between threads of one block"},
+    {"race_copies", die_race_copies, "a race for a word of shared memory, between threads of one block"},
+    {"race_lanes", die_race_lanes, "a race for a word of shared memory, between threads of one block"},
+    {"race_blocks", die_race_blocks, "a race for a word of global memory, between two blocks"},
     {"written", die_written, "the byte at 40, after their end, was written to"},
 };
 

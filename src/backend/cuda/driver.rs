@@ -56,7 +56,6 @@ functions! { Functions:
     cuGetErrorName(c_int, *mut *const c_char);
     cuGetErrorString(c_int, *mut *const c_char);
     cuDeviceGetCount(*mut c_int);
-    cuDeviceGet(*mut c_int, c_int);
     cuDeviceGetName(*mut c_char, c_int, c_int);
     cuDeviceGetAttribute(*mut c_int, c_int, c_int);
     cuDeviceTotalMem_v2(*mut usize, c_int);
@@ -81,7 +80,6 @@ functions! { Functions:
     cuModuleLoadData(*mut sys::CUmodule, *const c_void);
     cuModuleUnload(sys::CUmodule);
     cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
-    cuFuncGetAttribute(*mut c_int, c_int, sys::CUfunction);
     cuFuncSetAttribute(sys::CUfunction, c_int, c_int);
     cuLaunchKernel(
         sys::CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, sys::CUstream, *mut *mut c_void,
@@ -220,18 +218,6 @@ impl Driver {
         // SAFETY: there is a place for the number.
         let code = unsafe { (self.functions.cuDeviceGetCount)(&raw mut count) };
         if code == 0 { usize::try_from(count).unwrap_or(0) } else { 0 }
-    }
-
-    /// The name of a device that is not open.
-    #[cfg(test)]
-    pub(super) fn name_of(&self, index: usize) -> std::result::Result<String, String> {
-        let mut device = 0;
-        let index = c_int::try_from(index).unwrap_or(c_int::MAX);
-        // SAFETY: there is a place for the device.
-        match unsafe { (self.functions.cuDeviceGet)(&raw mut device, index) } {
-            0 => self.device_name(device),
-            code => Err(self.describe(code)),
-        }
     }
 
     fn device_name(&self, device: sys::CUdevice) -> std::result::Result<String, String> {
@@ -670,25 +656,6 @@ impl Gpu {
         Ok(function)
     }
 
-    /// What the compiler made of a kernel.
-    #[cfg(test)]
-    pub(super) fn resources(&self, function: &Function) -> Result<Resources> {
-        let functions = self.bound()?;
-        let of = |attribute: sys::CUfunction_attribute| {
-            let mut value = 0;
-            // SAFETY: there is a place for the number, and the function lives.
-            let code = unsafe { (functions.cuFuncGetAttribute)(&raw mut value, attribute as c_int, function.raw) };
-            self.check(code, "asking about a kernel")?;
-            Ok(u32::try_from(value).unwrap_or(0))
-        };
-        Ok(Resources {
-            registers: of(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
-            local: of(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-            shared: of(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
-            threads: of(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-        })
-    }
-
     /// Starts a kernel behind everything before. What goes wrong in it is reported later.
     ///
     /// # Safety
@@ -842,20 +809,6 @@ impl Drop for Function {
     }
 }
 
-/// What a kernel takes of a multiprocessor.
-#[cfg(test)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Resources {
-    /// Of a thread.
-    pub(super) registers: u32,
-    /// Bytes of a thread that did not fit into registers.
-    pub(super) local: u32,
-    /// Bytes of a block, of fixed size.
-    pub(super) shared: u32,
-    /// Of a block at most.
-    pub(super) threads: u32,
-}
-
 /// Memory of the host that stays where it is.
 pub(super) struct Pinned {
     memory: *mut c_void,
@@ -963,9 +916,8 @@ mod tests {
 
     /// A device, where there is one.
     fn gpu() -> Option<Gpu> {
-        let driver = Driver::get().ok().filter(|driver| driver.devices() > 0)?;
+        Driver::get().ok().filter(|driver| driver.devices() > 0)?;
         let gpu = Gpu::open("cuda:0", 0).unwrap();
-        assert_eq!(driver.name_of(0).unwrap(), gpu.properties().name);
         Some(gpu)
     }
 

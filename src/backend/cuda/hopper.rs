@@ -1,4 +1,4 @@
-//! Matrix products by Hopper's warpgroups: launches of `matmul:multiply_hopper`.
+//! Matrix products and similarity sweeps by Hopper's warpgroups.
 //!
 //! They have run in the emulation alone, on no GPU: who wants them says so when a device is opened.
 
@@ -6,7 +6,7 @@ use cudarc::driver::sys::{CUtensorMapDataType, CUtensorMapSwizzle};
 
 use super::driver::{TensorMap, Tiled};
 use super::engine::Engine;
-use super::matmul::PackedOperand;
+use super::matmul::{Packed, PackedOperand};
 use super::settings::Products;
 use crate::Result;
 use crate::backend::gpu::Launch;
@@ -17,6 +17,11 @@ const STEP: usize = 64;
 const ROWS: usize = 128;
 const WIDE: usize = 256;
 const NARROW: usize = 128;
+
+/// Rows and columns of a tile of a similarity matrix; a block has two beside each other.
+pub(super) const SQUARE: usize = 128;
+/// Bytes of shared memory of a block that sweeps.
+const OF_SWEEPS: usize = 214_080;
 
 /// Whether a device multiplies so.
 pub(super) fn is_wanted(engine: &Engine, way: Products) -> bool {
@@ -102,4 +107,26 @@ pub(super) fn multiply<'a>(
     let launch = a.packed.bind_largest(launch, "largest_a");
     let launch = b.packed.bind_largest(launch, "largest_b");
     engine.launch_mapped(launch, cut.shared(), &maps)
+}
+
+/// How many blocks sweep a panel.
+pub(super) fn squares(engine: &Engine, rows: usize, columns: usize) -> usize {
+    let pairs = rows.div_ceil(SQUARE) * columns.div_ceil(2 * SQUARE);
+    pairs.min(engine.gpu.properties().multiprocessors as usize)
+}
+
+/// Runs a sweep over a panel of a matrix (R, C) of embeddings d wide, which are all mapped.
+pub(super) fn sweep(
+    engine: &Engine,
+    way: Products,
+    (rows, columns): (&Packed, &Packed),
+    (of_rows, of_columns, width): (usize, usize, usize),
+    launch: Launch<'_>,
+) -> Result<()> {
+    let operand = |packed| PackedOperand { packed, first_row: 0, transposed: false };
+    let maps = [
+        ("row_map", map(engine, way, operand(rows), true, (of_rows, width), SQUARE)?),
+        ("column_map", map(engine, way, operand(columns), true, (of_columns, width), 2 * SQUARE)?),
+    ];
+    engine.launch_mapped(launch, OF_SWEEPS, &maps)
 }

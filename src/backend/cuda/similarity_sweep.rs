@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::engine::Engine;
+use super::hopper;
 use super::matmul::{self, Packed, PackedOperand, SHARES};
 use super::settings::Products;
 use crate::Result;
@@ -60,6 +61,8 @@ struct Sweep<'a> {
     engine: &'a Engine,
     matrix: SimilarityMatrix<'a>,
     way: Products,
+    /// Whether by Hopper's warpgroups.
+    hopper: bool,
     tile: usize,
     width: usize,
     rows: Side<'a>,
@@ -98,12 +101,14 @@ impl<'a> Sweep<'a> {
         let (row_norms, column_norms) = matrix.norms.unzip();
         let (row_keys, column_keys) = matrix.keys.unzip();
         let way = matmul::way(engine, extents);
+        let hopper = hopper::is_wanted(engine, way);
         let side = |embeddings, count, norms, keys| Side::new(engine, way, embeddings, (count, width), norms, keys);
         Ok(Self {
             engine,
             matrix,
             way,
-            tile: matmul::tile_size(engine, way, extents),
+            hopper,
+            tile: if hopper { hopper::SQUARE } else { matmul::tile_size(engine, way, extents) },
             width,
             rows: side(matrix.rows, rows, row_norms, row_keys)?,
             columns: matrix.columns.map(|other| side(other, columns, column_norms, column_keys)).transpose()?,
@@ -148,9 +153,16 @@ impl<'a> Sweep<'a> {
     }
 
     /// A launch over the tiles of a panel.
-    fn launch(&self, names: [&'static str; 3], panel: &Panel) -> Launch<'_> {
+    fn launch(&self, names: [&'static str; 4], panel: &Panel) -> Launch<'_> {
         let (rows, columns) = (&self.rows, self.of_columns());
-        let mut launch = Launch::new("similarity_sweep", matmul::entry(self.way, names))
+        let [plain, halves, exact, by_hopper] = names;
+        let entry = if self.hopper { by_hopper } else { matmul::entry(self.way, [plain, halves, exact]) };
+        let tiles = if self.hopper {
+            hopper::squares(self.engine, panel.rows.len(), panel.columns.len())
+        } else {
+            panel.rows.len().div_ceil(self.tile) * panel.columns.len().div_ceil(self.tile)
+        };
+        let mut launch = Launch::new("similarity_sweep", entry)
             .constant("TILE", self.tile as u32)
             .flag("BF16", self.way == Products::Bf16)
             .read("log_scale", self.matrix.log_scale)
@@ -163,14 +175,17 @@ impl<'a> Sweep<'a> {
             .bits("has_diagonal", u32::from(self.matrix.diagonal.is_some()))
             .signed("diagonal", self.matrix.diagonal.map_or(0, |offset| i32::try_from(offset).unwrap_or(i32::MAX)))
             .bits("gram", u32::from(self.is_gram()))
-            .groups([panel.rows.len().div_ceil(self.tile) * panel.columns.len().div_ceil(self.tile), 1, 1]);
+            .groups([tiles, 1, 1]);
         if let (Some(of_rows), Some(of_columns)) = (rows.keys, columns.keys) {
             launch = launch.read("row_keys", of_rows).read("column_keys", of_columns);
         }
         if let (Some(of_rows), Some(of_columns)) = (&rows.packed, &columns.packed) {
-            launch = launch.size("stride", of_rows.stride()).bits("cosines", u32::from(rows.norms.is_some()));
-            launch = of_rows.bind(launch, ["packed_rows", "low_rows"], 0, false);
-            launch = of_columns.bind(launch, ["packed_columns", "low_columns"], 0, false);
+            launch = launch.bits("cosines", u32::from(rows.norms.is_some()));
+            if !self.hopper {
+                launch = launch.size("stride", of_rows.stride());
+                launch = of_rows.bind(launch, ["packed_rows", "low_rows"], 0, false);
+                launch = of_columns.bind(launch, ["packed_columns", "low_columns"], 0, false);
+            }
             launch = of_columns.bind_largest(of_rows.bind_largest(launch, "largest_row"), "largest_column");
         } else {
             launch = launch.read("row_values", rows.embeddings).read("column_values", columns.embeddings);
@@ -182,7 +197,13 @@ impl<'a> Sweep<'a> {
     }
 
     fn run(&self, launch: Launch<'_>) -> Result<()> {
-        self.engine.launch_with(launch, matmul::shared_memory(self.way, self.tile))
+        match (&self.rows.packed, &self.of_columns().packed) {
+            (Some(rows), Some(columns)) if self.hopper => {
+                let counts = (self.rows.count, self.of_columns().count, self.width);
+                hopper::sweep(self.engine, self.way, (rows, columns), counts, launch)
+            }
+            _ => self.engine.launch_with(launch, matmul::shared_memory(self.way, self.tile)),
+        }
     }
 
     /// Logits kept in a tensor of so many values: as many tiles as fit it.
@@ -191,7 +212,8 @@ impl<'a> Sweep<'a> {
     }
 
     fn with_kept<'s>(&self, launch: Launch<'s>, kept: Option<Kept<'s>>, writes: bool) -> Launch<'s> {
-        let Some(Kept { room, tiles, first_row }) = kept.filter(|kept| kept.tiles > 0) else {
+        // Warpgroups compute them again sooner than they read them.
+        let Some(Kept { room, tiles, first_row }) = kept.filter(|kept| kept.tiles > 0 && !self.hopper) else {
             return launch.size("kept_tiles", 0).size("kept_from", 0);
         };
         let launch = launch.size("kept_tiles", tiles).size("kept_from", first_row / self.tile);
@@ -219,7 +241,7 @@ impl<'a> Sweep<'a> {
             let column_partials = quantities * height * tiles.1;
             let partials = self.scratch(column_partials + quantities * width * tiles.0)?;
             let launch = self
-                .launch(["forward", "forward_halves", "forward_exact"], &panel)
+                .launch(["forward", "forward_halves", "forward_exact", "forward_hopper"], &panel)
                 .write("partials", &partials)
                 .bits("of_columns", u32::from(of_columns.is_some()))
                 .size("column_partials", column_partials)
@@ -289,7 +311,7 @@ impl<'a> Sweep<'a> {
         // One number of 16 bits for each entry, or two of them, or one of 32.
         let entries = if matches!(self.way, Products::F16 | Products::Bf16) { 2 * values } else { values };
         for panel in self.panels(rows, entries) {
-            let mut launch = self.launch(["backward", "backward_halves", "backward_exact"], &panel);
+            let mut launch = self.launch(["backward", "backward_halves", "backward_exact", "backward_hopper"], &panel);
             if let Some(of_rows) = coefficients.rows {
                 launch = launch.read("row_coefficients", of_rows);
             }

@@ -378,3 +378,36 @@ static inline int __any_sync(unsigned mask, int predicate, EMULATION_LINE) {
 static inline int __all_sync(unsigned mask, int predicate, EMULATION_LINE) {
     return emulation::runtime->vote(emulation::thread, mask, predicate == 0, line) == 0;
 }
+
+// With -fsanitize=thread the compiler calls these before each access to memory. (ThreadSanitizer itself is not there.)
+#ifdef EMULATION_RACES
+#define EMULATION_HOOK extern "C" __attribute__((visibility("hidden"), used, no_sanitize("thread"))) void
+#define EMULATION_ACCESS(name, size, write)                                                                            \
+    EMULATION_HOOK name(void *address) {                                                                               \
+        emulation::runtime->access(emulation::thread, address, size, write, __builtin_return_address(0));              \
+    }
+#define EMULATION_ACCESSES(size)                                                                                       \
+    EMULATION_ACCESS(__tsan_read##size, size, false)                                                                   \
+    EMULATION_ACCESS(__tsan_write##size, size, true)
+#define EMULATION_UNALIGNED(size)                                                                                      \
+    EMULATION_ACCESS(__tsan_unaligned_read##size, size, false)                                                         \
+    EMULATION_ACCESS(__tsan_unaligned_write##size, size, true)
+EMULATION_ACCESSES(1)
+EMULATION_ACCESSES(2)
+EMULATION_ACCESSES(4)
+EMULATION_ACCESSES(8)
+EMULATION_ACCESSES(16)
+EMULATION_UNALIGNED(2)
+EMULATION_UNALIGNED(4)
+EMULATION_UNALIGNED(8)
+EMULATION_UNALIGNED(16)
+EMULATION_HOOK __tsan_read_range(void *address, long size) {
+    emulation::runtime->access(emulation::thread, address, size, false, __builtin_return_address(0));
+}
+EMULATION_HOOK __tsan_write_range(void *address, long size) {
+    emulation::runtime->access(emulation::thread, address, size, true, __builtin_return_address(0));
+}
+EMULATION_HOOK __tsan_func_entry(void *) {}
+EMULATION_HOOK __tsan_func_exit(void *) {}
+EMULATION_HOOK __tsan_init() {}
+#endif

@@ -56,6 +56,8 @@ struct Runtime {
     void (*commit)(Thread *);
     void (*wait)(Thread *, unsigned groups);
     void (*trap)(Thread *, const char *message, unsigned line);
+    // A kernel that is compiled to tell of races calls this before each access to memory.
+    void (*access)(Thread *, const void *address, unsigned long size, bool write, const void *caller);
 };
 
 // What a module tells of one of its kernels, under the name KERNEL__kernel.
