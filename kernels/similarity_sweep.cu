@@ -8,9 +8,10 @@
 //                            of 128 shares of the columns' coefficients
 //
 // `forward_halves` and `backward_halves` do the same by tensor cores, of embeddings in 16 bits (matmul.cu packs them,
-// their norms with them), `forward_hopper` and `backward_hopper` by Hopper's warpgroups; `forward_exact` and `backward_exact` of two f16 for each value. Their G is in 16 bits, too,
-// rows padded to a multiple of 8. As L is a log-sum-exp over all entries of a row, no exponential is above 1 and G is
-// at most what `largest_coefficients` finds, of rows and columns together; largest[256] receives its bits.
+// their norms with them), `forward_hopper` and `backward_hopper` by Hopper's warpgroups; `forward_exact` and
+// `backward_exact` of two f16 for each value. Their G is in 16 bits, too, rows padded to a multiple of 8. As L is a
+// log-sum-exp over all entries of a row, no exponential is above 1 and G is at most what `largest_coefficients` finds,
+// of rows and columns together; largest[256] receives its bits.
 //
 // The matrix is cut into panels, a panel into TILE × TILE tiles, a block each. The partial statistics of a panel's
 // tiles, or its G, are the only workspace, whose size does not depend on the matrix. What a tile says of its rows and
@@ -167,16 +168,18 @@ __device__ __forceinline__ void make_logits(Tile &tile, const Panel &panel, u32 
 
 // The number of a tile among all that are swept, row after row of tiles; in a Gram the rows of tiles above have in_row,
 // in_row − 1, … tiles.
-__device__ __forceinline__ u64 number_of_tile(u32 row, u32 column, u32 in_row, bool gram) {
-    return (u64)row * in_row + column - (gram ? (u64)row * (row + 1) / 2 : 0);
+__device__ __forceinline__ u32 number_of_tile(u32 row, u32 column, u32 in_row, bool gram) {
+    u64 number = (u64)row * in_row + column - (gram ? (u64)row * (row + 1) / 2 : 0);
+    // So many are never kept.
+    return number < 0xffffffffu ? (u32)number : 0xffffffffu;
 }
 
 // Where a thread's values of a kept tile are, four at a time.
-template <typename Tile> __device__ __forceinline__ float4 *kept_values(float *kept, u64 number) {
-    return (float4 *)(kept + number * (TILE * TILE)) + Tile::thread();
+template <typename Tile> __device__ __forceinline__ float4 *kept_values(float *kept, u32 number) {
+    return (float4 *)(kept + (size_t)number * (TILE * TILE)) + Tile::thread();
 }
 
-template <typename Tile> __device__ __forceinline__ void keep(Tile &tile, float *kept, u64 number) {
+template <typename Tile> __device__ __forceinline__ void keep(Tile &tile, float *kept, u32 number) {
     float4 *to = kept_values<Tile>(kept, number);
 #pragma unroll
     for (int u = 0; u < Tile::ROWS; u++) {
@@ -188,7 +191,7 @@ template <typename Tile> __device__ __forceinline__ void keep(Tile &tile, float 
     }
 }
 
-template <typename Tile> __device__ __forceinline__ void read_kept(Tile &tile, const float *kept, u64 number) {
+template <typename Tile> __device__ __forceinline__ void read_kept(Tile &tile, const float *kept, u32 number) {
     const float4 *from = kept_values<Tile>((float *)kept, number);
 #pragma unroll
     for (int u = 0; u < Tile::ROWS; u++) {
@@ -491,14 +494,14 @@ struct Place {
     bool swept;
     bool on_diagonal;
     // Its number among those that are kept.
-    u64 number;
+    u32 number;
 };
 
 __device__ __forceinline__ Place place_of_block(const Panel &panel, u32 all_columns, bool gram, u32 kept_from) {
     uint2 place = place_of_tile(blockIdx.x, (panel.rows + TILE - 1) / TILE, (panel.columns + TILE - 1) / TILE);
     u32 row = panel.first_row / TILE + place.x;
     u32 column = panel.first_column / TILE + place.y;
-    u64 number = number_of_tile(row - kept_from, column, (all_columns + TILE - 1) / TILE, gram);
+    u32 number = number_of_tile(row - kept_from, column, (all_columns + TILE - 1) / TILE, gram);
     return {place.x * TILE, place.y * TILE, !gram || column >= row, gram && column == row, number};
 }
 
@@ -936,7 +939,7 @@ place_of_square(const Panel &panel, uint2 block, u32 all_columns, bool gram, u32
     u32 across = 2 * block.y + Square::group();
     u32 row = panel.first_row / TILE + block.x;
     u32 column = panel.first_column / TILE + across;
-    u64 number = number_of_tile(row - kept_from, column, (all_columns + TILE - 1) / TILE, gram);
+    u32 number = number_of_tile(row - kept_from, column, (all_columns + TILE - 1) / TILE, gram);
     bool swept = (!gram || column >= row) && across * TILE < panel.columns;
     return {block.x * TILE, across * TILE, swept, gram && column == row, number};
 }

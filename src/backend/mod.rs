@@ -102,7 +102,7 @@ macro_rules! backend {
             }
 
             /// How far the factors of large matrix products are rounded, as a part of themselves, where they do not
-            /// keep single precision: 2⁻⁹ in bf16, 2⁻¹² in f16.
+            /// keep single precision: 2⁻⁸ in bf16, 2⁻¹¹ in f16.
             fn product_rounding(&self) -> f64 {
                 0.0
             }
@@ -367,7 +367,7 @@ impl Device {
     }
 
     /// How far the factors of large matrix products are rounded, as a part of themselves, where they do not keep single
-    /// precision: 2⁻⁹ in bf16, 2⁻¹² in f16.
+    /// precision: 2⁻⁸ in bf16, 2⁻¹¹ in f16.
     pub fn product_rounding(&self) -> f64 {
         self.0.product_rounding()
     }

@@ -63,6 +63,9 @@ impl Devices {
         if self.support {
             return self.output.print(&(), || support_table().trim_end().into());
         }
+        for error in Device::automatic().1 {
+            tracing::warn!("not listed: {error}");
+        }
         let devices: Vec<Entry> = Device::available().iter().map(Entry::new).collect();
         let listing = Listing { devices, operations: OPERATIONS };
         self.output.print(&listing, || table(&listing.devices))

@@ -977,32 +977,36 @@ mod tests {
         let version = format!("# NVRTC {}.{}", nvrtc.version().0, nvrtc.version().1);
         let architectures = [75, 80, 90, 100].map(Architecture::named);
         let all = permutations();
-        let both = all.par_iter().flat_map_iter(|permutation| architectures.map(move |of| (permutation, of)));
-        let found = both.map(|(permutation, architecture)| {
+        let take = |(permutation, architecture): (&Permutation, Architecture)| {
             let mut options = options(permutation, architecture);
             options.push("--ptxas-options=-v".into());
             let compiled = compile(nvrtc, permutation, &options);
             let log = compiled.unwrap_or_else(|log| panic!("{architecture}: {log}")).log;
             (permutation.to_string(), architecture.to_string(), resources(&log))
-        });
-        let found: Vec<_> = found.collect();
-        if found.iter().all(|(.., resources)| resources.is_none()) {
+        };
+        if take((&all[0], architectures[0])).2.is_none() {
             return println!("skipped: this is another compiler");
         }
+        let both = all.par_iter().flat_map_iter(|permutation| architectures.map(move |of| (permutation, of)));
+        let found: Vec<_> = both.map(take).collect();
         let mut table = String::from(
             "# What kernels take: registers of a thread / bytes of static shared memory of a block / bytes spilled.\n\
              # A test compiles every permutation and compares; NEARFAR_BLESS=1 has it write this file.\n",
         );
         table.push_str(&version);
+        let mut spills = Vec::new();
         for (permutation, architecture, resources) in &found {
             let [registers, shared, spilled] = resources.unwrap_or_else(|| panic!("{permutation}, {architecture}"));
-            assert_eq!(spilled, 0, "{permutation}, {architecture}: bytes are spilled");
+            if spilled > 0 {
+                spills.push(format!("{permutation}, {architecture}: {spilled} bytes are spilled"));
+            }
             if architecture == "sm_75" {
                 table.push_str(&format!("\n{permutation}:"));
             }
             table.push_str(&format!(" {architecture} {registers}/{shared}/{spilled}"));
         }
         table.push('\n');
+        assert!(spills.is_empty(), "{}", spills.join("\n"));
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/resources");
         if std::env::var_os("NEARFAR_BLESS").is_some() {
             std::fs::write(&path, &table).unwrap();
