@@ -1,6 +1,6 @@
 //! NVIDIA GPUs, driven by handwritten CUDA kernels.
 //!
-//! Kernels stand under `kernels/`, one file an operation, named as the file in [`gpu`](super::gpu) that launches it and as
+//! Kernels stand under `kernels/`, one file an operation, named as the file in `backend::gpu` that launches it and as
 //! its twins in WGSL and in [`cpu`](super::cpu). Building needs no CUDA: the driver and NVRTC, which compiles the kernels
 //! for the GPU that is there, are looked for when a device is opened, and what was compiled is kept on disk.
 //!

@@ -1,6 +1,6 @@
 //! Any device that wgpu finds, driven by handwritten WGSL: Vulkan, Metal, Direct3D 12, or a software driver.
 //!
-//! Shaders stand under `shaders/`, one file an operation, named as the file in [`gpu`](super::gpu) that launches it and as
+//! Shaders stand under `shaders/`, one file an operation, named as the file in `backend::gpu` that launches it and as
 //! its twin in [`cpu`](super::cpu). Operations are recorded and handed to the device together, see [`Device::submit`]; nothing is
 //! copied to the host before it is asked for. Sums are always added in the same order, and nothing is added
 //! atomically, so that results are the same bits on one device.
