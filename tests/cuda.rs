@@ -5,6 +5,9 @@
 //! cannot be built the tests pass and say that they were skipped, unless NEARFAR_TEST_CUDA says that they have to run.
 #![cfg(all(feature = "cli", feature = "cuda"))]
 
+#[path = "common/products.rs"]
+mod products;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -533,11 +536,12 @@ mod library {
     use std::sync::Arc;
 
     use nearfar::backend::cuda::{Cuda, Products, Settings};
-    use nearfar::backend::operations::{Activation, MatMul};
     use nearfar::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
     use nearfar::error::DType;
     use nearfar::train::{Event, TrainSettings, train};
     use nearfar::{Batch, Device, Error, Objective, Result, Tensor};
+
+    use crate::products::{expected, matmul, values};
 
     /// A device of the test's own.
     fn open(settings: Settings) -> Option<Device> {
@@ -549,33 +553,6 @@ mod library {
             }
             Err(error) => panic!("{error}"),
         }
-    }
-
-    fn matmul(device: &Device, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        let mut output = device.empty([a.shape().rows(), b.shape().width()], DType::F32)?;
-        device.matmul(MatMul {
-            a,
-            transpose_a: false,
-            b,
-            transpose_b: false,
-            bias: None,
-            activation: Activation::Identity,
-            output: &mut output,
-            accumulate: false,
-        })?;
-        Ok(output)
-    }
-
-    fn values(count: usize, seed: usize) -> Vec<f32> {
-        (0..count).map(|i| ((i * 7 + seed) as f32 * 0.61).sin()).collect()
-    }
-
-    /// A × B on the processor.
-    fn expected(a: &[f32], b: &[f32], rows: usize, width: usize) -> Vec<f32> {
-        let cpu = Device::cpu();
-        let inner = a.len() / rows;
-        let (a, b) = (cpu.tensor(a, [rows, inner]).unwrap(), cpu.tensor(b, [inner, width]).unwrap());
-        matmul(&cpu, &a, &b).unwrap().to_host().unwrap()
     }
 
     #[track_caller]

@@ -4,13 +4,16 @@
 //! to be one.
 #![cfg(feature = "wgpu")]
 
+#[path = "common/products.rs"]
+mod products;
+
 use std::fmt::Debug;
 
-use nearfar::backend::operations::{Activation, MatMul};
 use nearfar::backend::wgpu::{Settings, Wgpu};
 use nearfar::conformance::{self, Case, Outcome, Verdict};
 use nearfar::error::DType;
 use nearfar::{Device, Error, Result, Tensor, wgpu};
+use products::{expected, matmul, values};
 
 /// A device of the test's own.
 fn open(settings: Settings) -> Option<Device> {
@@ -26,33 +29,6 @@ fn open(settings: Settings) -> Option<Device> {
 
 fn raw(device: &Device) -> &Wgpu {
     device.backend().unwrap()
-}
-
-fn matmul(device: &Device, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let mut output = device.empty([a.shape().rows(), b.shape().width()], DType::F32)?;
-    device.matmul(MatMul {
-        a,
-        transpose_a: false,
-        b,
-        transpose_b: false,
-        bias: None,
-        activation: Activation::Identity,
-        output: &mut output,
-        accumulate: false,
-    })?;
-    Ok(output)
-}
-
-fn values(count: usize, seed: usize) -> Vec<f32> {
-    (0..count).map(|i| ((i * 7 + seed) as f32 * 0.61).sin()).collect()
-}
-
-/// A × B on the processor.
-fn expected(a: &[f32], b: &[f32], rows: usize, width: usize) -> Vec<f32> {
-    let cpu = Device::cpu();
-    let inner = a.len() / rows;
-    let (a, b) = (cpu.tensor(a, [rows, inner]).unwrap(), cpu.tensor(b, [inner, width]).unwrap());
-    matmul(&cpu, &a, &b).unwrap().to_host().unwrap()
 }
 
 #[track_caller]
