@@ -219,7 +219,7 @@ fn other_ways_of_computing_hold() {
     for name in ["matmul", "samtone/", "gte/33", "symmetric/"] {
         emulation.holds("cuda,tensor-cores", name, &[]);
     }
-    for device in ["cuda,bf16", "cuda,f16"] {
+    for device in ["cuda,bf16", "cuda,f16", "cuda,bf16,wgmma", "cuda,f16,wgmma"] {
         for name in ["matmul", "samtone/", "gte/33"] {
             emulation.holds(device, name, &[]);
         }

@@ -9,7 +9,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Products {
-    /// As exact as single precision, on whatever is fastest at that.
+    /// As exact as single precision: small products by ordinary arithmetic, large ones by tensor cores, with two f16 for
+    /// each value.
     #[default]
     Exact,
     /// By ordinary arithmetic in single precision, without tensor cores.
@@ -47,7 +48,7 @@ impl fmt::Display for Products {
 pub struct Settings {
     /// How matrix products are computed.
     pub products: Products,
-    /// Exact products by tensor cores however small they are, where ordinary arithmetic would be faster: to test them.
+    /// Exact products by tensor cores however small they are, where ordinary arithmetic is taken otherwise: to test them.
     pub tensor_cores: bool,
     /// Products of 16-bit factors by Hopper's warpgroups. They have run on no GPU yet.
     pub wgmma: bool,
